@@ -1,0 +1,1 @@
+"""Networks with a prediction branch per stage, and the contract that their artefacts obey."""

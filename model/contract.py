@@ -1,0 +1,216 @@
+"""What crosses from training to serving: tensor names of the ONNX graph, and the model card. No torch here."""
+
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+METADATA_KEY = "interflow"
+"""Key of the ONNX metadata entry that holds the card's JSON."""
+
+MODEL_FILE = "model.onnx"
+CARD_FILE = "model.json"
+
+IMAGE = "image"
+LOGITS = "logits"
+BRANCH_LOGITS = "branch_logits"
+BRANCH_WEIGHTS = "branch_weights"
+
+
+def branch_map_name(branch: int) -> str:
+    """Name of the output that holds the class maps of a branch, counted from 0."""
+    return f"branch_map_{branch}"
+
+
+class InterflowError(Exception):
+    """Something given to us that we refuse: the message says what it was, what was expected and what to do.
+
+    Entry points print the message as one sentence and exit with 1; the server answers it as problem+json.
+    """
+
+
+class CardError(InterflowError):
+    """A model card that cannot be read, or that does not describe its graph."""
+
+
+class TensorSpec(NamedTuple):
+    """Type and shape of a graph's input or output; `None` is the symbolic batch."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('N' if size is None else str(size) for size in self.shape)}]"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Matrix = tuple[tuple[float, ...], ...]
+
+
+class InputSpec(_Part):
+    """The network's input, and the rule that brings any image to it (`model/images.py`)."""
+
+    height: Positive
+    width: Positive
+    channels: Literal[1, 3]
+    mean: tuple[float, ...]
+    """Per channel, of pixels scaled to 0..1; applied inside the graph, as is `std`."""
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    resize: Literal["crop", "pad", "squash"]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _one_statistic_a_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"mean and std need {self.channels} values, one a channel; got {len(self.mean)} and {len(self.std)}"
+            )
+        return self
+
+
+class BackboneInfo(_Part):
+    """Which network the stages belong to: registry name, layers kept, width multiplier."""
+
+    name: str
+    depth: Positive
+    width: Annotated[float, Field(gt=0)]
+
+
+class MethodInfo(_Part):
+    """How the branches were fused (Interflow, Table II)."""
+
+    name: str
+    attention: Literal["none", "hard", "branch", "class"]
+    initial_weights: tuple[float, ...] | Literal["random"]
+    learned: bool
+    shared_heads: bool
+
+
+class StageInfo(_Part):
+    """A span of the backbone that ends in a tapped feature map."""
+
+    name: str
+    depth: Positive
+    """Layers of the backbone up to the tap."""
+    channels: Positive
+    map_size: tuple[Positive, Positive]
+    """Height and width of the class maps at the card's input size."""
+
+
+class Metrics(_Part):
+    """Measured once, on data that nothing was trained, fitted or chosen on. Fractions, not percent."""
+
+    data: str
+    split: str
+    images: Positive
+    seed: int
+    accuracy: Fraction
+    branch_accuracy: tuple[Fraction, ...]
+    """Of each stage's reading."""
+    ece: Fraction
+    """Expected calibration error of the fused confidence, 15 bins of equal width."""
+    branch_ece: tuple[Fraction, ...]
+
+
+class Provenance(_Part):
+    """Where the weights come from."""
+
+    created: datetime
+    run: str
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the network's tensors in safetensors form."""
+    git_revision: str | None
+    versions: dict[str, str]
+
+
+class ModelCard(_Part):
+    """All that a reader of an artefact must know; `model.json`, and the same text in the ONNX metadata.
+
+    B branches from shallow to deep, K classes; matrices are B rows of K values.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+    precision: Literal["float32"] = "float32"
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    input: InputSpec
+    backbone: BackboneInfo
+    method: MethodInfo
+    stages: Annotated[tuple[StageInfo, ...], Field(min_length=1)]
+    branch_weights: Matrix
+    """W: the fused logit of class c is the sum over stages of W[i][c] * z[i][c]."""
+    reading_scales: Matrix
+    """a: what stage i believes is softmax(a[i] * z[i])."""
+    temperature: Annotated[float, Field(gt=0)]
+    """Fused confidence is softmax(logits / temperature)."""
+    branch_importance: tuple[Fraction, ...]
+    """Mean share of each stage in the answers."""
+    fitted_on: str
+    """The data that reading scales, temperature and importance were fitted on."""
+    metrics: Metrics
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        branches, classes = len(self.stages), len(self.classes)
+        for field in ("branch_weights", "reading_scales"):
+            rows: Matrix = getattr(self, field)
+            if [len(row) for row in rows] != [classes] * branches:
+                raise ValueError(f"{field} needs {branches} rows (stages) of {classes} values (classes)")
+        for field, values in (
+            ("branch_importance", self.branch_importance),
+            ("metrics.branch_accuracy", self.metrics.branch_accuracy),
+            ("metrics.branch_ece", self.metrics.branch_ece),
+        ):
+            if len(values) != branches:
+                raise ValueError(f"{field} needs {branches} values, one a stage; got {len(values)}")
+        if not math.isclose(sum(self.branch_importance), 1, abs_tol=1e-3):
+            raise ValueError(f"branch_importance must sum to 1; it sums to {sum(self.branch_importance):.4f}")
+        if len(set(self.classes)) != classes:
+            raise ValueError("classes must be distinct")
+        return self
+
+    @property
+    def inputs(self) -> dict[str, TensorSpec]:
+        """The graph's inputs by name."""
+        return {IMAGE: TensorSpec("uint8", (None, self.input.height, self.input.width, self.input.channels))}
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        """The graph's outputs by name, in the graph's order."""
+        branches, classes = len(self.stages), len(self.classes)
+        return {
+            LOGITS: TensorSpec("float32", (None, classes)),
+            BRANCH_LOGITS: TensorSpec("float32", (None, branches, classes)),
+            BRANCH_WEIGHTS: TensorSpec("float32", (None, branches, classes)),
+        } | {
+            branch_map_name(branch): TensorSpec("float32", (None, classes, *stage.map_size))
+            for branch, stage in enumerate(self.stages)
+        }
+
+    def to_json(self) -> str:
+        """The card as indented JSON: the text of `model.json` and of the ONNX metadata entry."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: Path | str) -> Self:
+        """Read a card; `source` names it in the error.
+
+        Raises:
+            CardError: not JSON, or not a card of this format: the first wrong field is named.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the card"
+            raise CardError(f"{source}: not a model card: {field}: {first['msg']}. Export the model again.") from error
