@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from model.contract import InputSpec, InterflowError
 
@@ -56,7 +56,7 @@ def decode_image(source: bytes | Path, channels: int, max_pixels: int = DEFAULT_
         raise ImageTooLargeError(
             f"the image has more pixels than the limit of {max_pixels / 1e6:g} MP. Send it smaller."
         ) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"not an image that can be read; expected one of {', '.join(FORMATS)}.") from error
     except FileNotFoundError:
         raise

@@ -1,0 +1,1 @@
+"""Backbones: one architecture a file. Each returns the feature map of every tapped stage."""

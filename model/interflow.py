@@ -1,0 +1,92 @@
+"""Interflow: backbone stages, a prediction branch on each, and the attention that fuses them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import BranchAttention
+from model.backbones.stage import Backbone
+from model.methods import Method
+
+
+class InterflowOutput(NamedTuple):
+    """Everything one forward pass says; N images, B branches, K classes."""
+
+    logits: Tensor
+    """(N, K): the sum over branches of branch_weights * branch_logits."""
+    branch_logits: Tensor
+    """(N, B, K): each the mean of its class maps."""
+    branch_weights: Tensor
+    """(N, B, K): the attention weights, repeated."""
+    branch_maps: tuple[Tensor, ...]
+    """B class maps, (N, K, h, w): where in the image each branch logit comes from."""
+
+
+class Interflow(nn.Module):
+    """A backbone with a prediction branch per stage, fused by attention (Interflow, Sec. III).
+
+    A branch is global average pooling and a linear layer. The two commute, so the layer is applied at every position
+    (a 1x1 convolution gives class maps) and the mean taken after it: the same logits, and a map that sums to them.
+
+    Args:
+        backbone: gives the tapped feature maps.
+        method: gives the attention.
+        num_classes: K.
+        shared_heads: branches of equal channels share one linear layer (the paper found separate ones worse).
+
+    Raises:
+        InterflowError: the method does not fit the number of stages.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, num_classes: int, shared_heads: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.method = method
+        self.stages = tuple(backbone.stages)
+        self.num_classes = num_classes
+        self.shared_heads = shared_heads
+        # One registered module per linear layer: safetensors refuses tensors that two names share.
+        self.head_names = [f"channels{stage.channels}" if shared_heads else stage.name for stage in self.stages]
+        channels = dict(zip(self.head_names, (stage.channels for stage in self.stages), strict=True))
+        self.heads = nn.ModuleDict({name: nn.Conv2d(wide, num_classes, 1) for name, wide in channels.items()})
+        self.attention = BranchAttention(method, len(self.stages), num_classes)
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> InterflowOutput:
+        """Classify normalised images, (N, channels, height, width)."""
+        features = self.backbone(x)
+        maps = tuple(self.heads[name](feature) for name, feature in zip(self.head_names, features, strict=True))
+        branch_logits = torch.stack([branch_map.mean(dim=(2, 3)) for branch_map in maps], dim=1)
+        weights = self.attention.matrix().expand(len(x), -1, -1)
+        return InterflowOutput(self.attention(branch_logits), branch_logits, weights, maps)
+
+
+class Normalize(nn.Module):
+    """Pixels to the network's input: scaled to 0..1, less the mean, over the deviation, channels first.
+
+    Args:
+        mean: per channel, 0..1.
+        std: per channel, positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, height, width, channels) to float32 (N, channels, height, width)."""
+        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Xavier for convolutions and linear layers, batch norm at 1 and 0, biases 0 (the paper's recipe)."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""Data, training loop and recipes: writes runs/, then exports/."""

@@ -1,0 +1,133 @@
+"""What the card says beside the weights: reading scales, temperature, importance and accuracy, from branch logits.
+
+All from the outputs of one pass over a data set, with the functions that the server uses (`model/explain.py`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from model.explain import contributions, readings, shares, softmax
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Outputs of a network over a data set of M images: B branches, K classes.
+
+    Attributes:
+        branch_logits: (M, B, K).
+        branch_weights: (B, K).
+        labels: (M,) class indices.
+    """
+
+    branch_logits: np.ndarray
+    branch_weights: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def contributions(self) -> np.ndarray:
+        """(M, B, K), summing over the branches to the fused logits."""
+        return contributions(self.branch_logits, self.branch_weights)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Fused, (M, K)."""
+        return self.contributions.sum(axis=1)
+
+
+def fit_reading_scales(predictions: Predictions, per_class: bool) -> np.ndarray:
+    """Signed scales a_i under which softmax(a_i * z_i) is each stage's calibrated belief.
+
+    They minimise the negative log-likelihood, a convex problem, starting at the attention weights; the result does
+    not change when (w, z) is flipped or rescaled.
+
+    Args:
+        predictions: of data that the network was not trained on, where there is any.
+        per_class: one scale a branch and class (methods with one weight a branch and class), else one a branch.
+
+    Returns:
+        (B, K); equal along a row unless `per_class`. A stage whose logits never vary keeps its weight.
+    """
+    scales = predictions.branch_weights.astype(np.float64).copy()
+    for branch, weight in enumerate(predictions.branch_weights):
+        start = weight if per_class else weight[:1]
+        scales[branch] = _fit_scale(predictions.branch_logits[:, branch], predictions.labels, start)
+    return scales
+
+
+def fit_temperature(predictions: Predictions) -> float:
+    """T under which softmax(logits / T) is calibrated; positive, so it never changes the ranking.
+
+    A network no better than chance has no such T: 1 is returned.
+    """
+    scale = float(_fit_scale(predictions.logits, predictions.labels, np.ones(1))[0])
+    return 1 / scale if scale > 1e-3 else 1.0
+
+
+def importance(predictions: Predictions) -> np.ndarray:
+    """Mean share of each stage in the network's answers, (B,), summing to 1."""
+    return shares(predictions.contributions, predictions.logits.argmax(axis=1)).mean(axis=0)
+
+
+def fused_accuracy(predictions: Predictions) -> float:
+    """Share of images whose fused answer is right."""
+    return float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
+
+
+def branch_accuracy(predictions: Predictions, reading_scales: np.ndarray) -> list[float]:
+    """Share of images that each stage's reading gets right, B values."""
+    answers = (reading_scales * predictions.branch_logits).argmax(axis=2)
+    return [float(value) for value in (answers == predictions.labels[:, None]).mean(axis=0)]
+
+
+def fused_ece(predictions: Predictions, temperature: float) -> float:
+    """Expected calibration error of the fused confidence, 15 bins of equal width."""
+    return _ece(softmax(predictions.logits / temperature), predictions.labels)
+
+
+def branch_ece(predictions: Predictions, reading_scales: np.ndarray) -> list[float]:
+    """Expected calibration error of each stage's reading, B values."""
+    beliefs = readings(predictions.branch_logits, reading_scales)
+    return [_ece(beliefs[:, branch], predictions.labels) for branch in range(beliefs.shape[1])]
+
+
+def _ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    error = multiclass_calibration_error(
+        torch.from_numpy(probabilities), torch.from_numpy(labels), probabilities.shape[1], n_bins=ECE_BINS
+    )
+    return float(error)
+
+
+def _fit_scale(logits: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Scale, (1,) or (K,), that makes softmax(scale * logits) most likely; logits (M, K).
+
+    Targets are Platt's (1999): M images in M bear their label, so the next does with (M + 1) / (M + 2). Without that,
+    logits that get every image right would be most likely at an infinite scale.
+    """
+    count, classes = logits.shape
+    centred = torch.from_numpy(logits - logits.mean(axis=1, keepdims=True) if len(start) == 1 else logits).double()
+    # Solved for logits of unit size: a small weight on large logits is as well conditioned as any.
+    size = centred.square().mean(dim=None if len(start) == 1 else 0).sqrt()
+    if not bool((size > 0).all()):
+        return start
+    unit = centred / size
+    doubt = 1 / (count + 2)
+    targets = torch.full((count, classes), doubt / (classes - 1), dtype=torch.float64)
+    targets[torch.arange(count), torch.from_numpy(labels)] = 1 - doubt
+    scale: Tensor = (torch.from_numpy(start).double() * size).requires_grad_()
+    optimizer = torch.optim.LBFGS([scale], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(unit * scale, targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (scale.detach() / size).numpy()

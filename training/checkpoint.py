@@ -1,0 +1,91 @@
+"""A run's state in one safetensors file: network, optimiser, random state; no pickle."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from model.contract import METADATA_KEY, InterflowError
+from training.files import replacing
+
+_NETWORK, _OPTIMIZER, _RANDOM, _CUDA_RANDOM, _TOTALS = "network.", "optimizer.", "random.cpu", "random.cuda", "totals"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `step` batches into epoch `epoch`, counted from 0, on the data of this fingerprint."""
+
+    epoch: int
+    step: int
+    data: str
+
+
+def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals: Tensor, progress: Progress) -> None:
+    """Write the whole state under a temporary name, then rename: a kill leaves the previous checkpoint.
+
+    Args:
+        path: ends in .safetensors.
+        network: its parameters and buffers are saved.
+        optimizer: over the network's parameters in their order.
+        totals: what the epoch has summed up so far.
+        progress: goes into the one metadata entry, as sorted JSON.
+    """
+    tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):  # SGD has None where no momentum was asked for
+                tensors[f"{_OPTIMIZER}{name}:{key}"] = value
+    tensors[_RANDOM] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
+    tensors[_TOTALS] = totals
+    metadata = {METADATA_KEY: json.dumps(asdict(progress), sort_keys=True)}
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Progress, Tensor]:
+    """Put a saved state back, in place; returns where the run stood and its totals.
+
+    Raises:
+        InterflowError: not a checkpoint, or one of another network.
+    """
+    progress, tensors = _read(path)
+    _load_network(path, network, tensors)
+    for name, parameter in network.named_parameters():
+        prefix = f"{_OPTIMIZER}{name}:"
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            optimizer.state[parameter][key.removeprefix(prefix)] = tensors[key].to(parameter.device)
+    torch.set_rng_state(tensors[_RANDOM])
+    if torch.cuda.is_available() and _CUDA_RANDOM in tensors:
+        torch.cuda.set_rng_state(tensors[_CUDA_RANDOM])
+    return progress, tensors[_TOTALS]
+
+
+def load_network(path: Path, network: nn.Module) -> Progress:
+    """Put only the saved network's tensors back. Raises as `load_checkpoint`."""
+    progress, tensors = _read(path)
+    _load_network(path, network, tensors)
+    return progress
+
+
+def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return Progress(**json.loads(metadata[METADATA_KEY])), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise InterflowError(f"{path}: not a checkpoint that can be read ({error}).") from error
+
+
+def _load_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    saved = {key.removeprefix(_NETWORK): value for key, value in tensors.items() if key.startswith(_NETWORK)}
+    try:
+        network.load_state_dict(saved)
+    except RuntimeError as error:
+        raise InterflowError(f"{path}: holds another network than its run's recipe describes ({error}).") from error

@@ -1,0 +1,22 @@
+"""What the entry points share: how a refusal or an interruption ends the process."""
+
+import sys
+from collections.abc import Callable
+
+from model.contract import InterflowError
+
+INTERRUPTED = 130
+"""Exit status of a process stopped by Ctrl-C, by convention."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit with its status; refusals become one line on stderr and status 1, without a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except InterflowError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"error: {error}. Nothing is half-written; free the disk or fix the path and run it again.")
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,125 @@
+"""After the last epoch: fit what the card needs on held-out images, measure on test, once, and draw the curves."""
+
+import hashlib
+import platform
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from model.contract import BackboneInfo, MethodInfo, Metrics, ModelCard, Provenance, StageInfo
+from model.interflow import Interflow
+from training import calibration
+from training.data import ImageData
+from training.files import replacing, write_text
+from training.loop import predict
+from training.plots import plot_accuracy, plot_weights
+from training.recipe import Recipe
+from training.run import Run, git_revision
+
+SAMPLES = 20
+"""Test images kept with the run: batches of 1, 2 and 17 for export to check the artefact with."""
+
+
+def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard:
+    """Write the run's samples, plots and, last, its card.
+
+    Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out.
+    """
+    held_out = predict(network, data, data.val or data.train, recipe.workers)
+    scales = calibration.fit_reading_scales(held_out, per_class=network.method.attention == "class")
+    temperature = calibration.fit_temperature(held_out)
+    fitted_on = (
+        f"{data.name}: {len(data.val)} images held out of train"
+        if data.val
+        else f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
+    )
+    test = predict(network, data, data.test, recipe.workers)
+
+    card = ModelCard(
+        name=data.name,
+        version="1",  # export gives the final one
+        classes=data.classes,
+        input=data.spec,
+        backbone=BackboneInfo(name=recipe.backbone, depth=network.backbone.depth, width=recipe.width),
+        method=MethodInfo(
+            name=network.method.name,
+            attention=network.method.attention,
+            initial_weights=network.method.initial_weights or "random",
+            learned=network.method.learned,
+            shared_heads=network.shared_heads,
+        ),
+        stages=tuple(
+            StageInfo(name=stage.name, depth=stage.depth, channels=stage.channels, map_size=size)
+            for stage, size in zip(network.stages, _map_sizes(network, data), strict=True)
+        ),
+        branch_weights=_rows(held_out.branch_weights),
+        reading_scales=_rows(scales),
+        temperature=temperature,
+        branch_importance=tuple(calibration.importance(held_out).tolist()),
+        fitted_on=fitted_on,
+        metrics=Metrics(
+            data=data.name,
+            split="test",
+            images=len(data.test),
+            seed=recipe.seed,
+            accuracy=calibration.fused_accuracy(test),
+            branch_accuracy=tuple(calibration.branch_accuracy(test, scales)),
+            ece=calibration.fused_ece(test, temperature),
+            branch_ece=tuple(calibration.branch_ece(test, scales)),
+        ),
+        provenance=Provenance(
+            created=datetime.now(UTC),
+            run=run.folder.name,
+            weights_sha256=weights_sha256(network),
+            git_revision=git_revision(),
+            versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        ),
+    )
+    with replacing(run.samples) as temporary:
+        np.save(temporary, _samples(data))
+    rows = run.history()
+    plot_accuracy(rows, run.folder / "accuracy.png")
+    plot_weights(rows, run.folder / "weights.png")
+    write_text(run.card, card.to_json() + "\n")
+    return card
+
+
+def weights_sha256(network: Interflow) -> str:
+    """Hash of the network's tensors in safetensors form, wherever they lie."""
+    tensors: dict[str, Tensor] = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def summary(card: ModelCard) -> str:
+    """The card's figures as a table for people."""
+    lines = [
+        f"test: {card.metrics.accuracy:.2%} of {card.metrics.images} images right, ECE {card.metrics.ece:.2%}",
+        f"{'stage':<10}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
+    ]
+    for stage, accuracy, importance, weights in zip(
+        card.stages, card.metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
+    ):
+        lines.append(f"{stage.name:<10}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def _map_sizes(network: Interflow, data: ImageData) -> list[tuple[int, int]]:
+    network.eval()
+    device = next(network.parameters()).device
+    output = network(torch.zeros(1, data.spec.channels, data.spec.height, data.spec.width, device=device))
+    return [(branch_map.shape[2], branch_map.shape[3]) for branch_map in output.branch_maps]
+
+
+def _samples(data: ImageData) -> np.ndarray:
+    """Test images from all over the split, uint8 (SAMPLES, height, width, channels)."""
+    indices = torch.linspace(0, len(data.test) - 1, SAMPLES).round().long()
+    images, _ = next(data.test.batches([indices], workers=0))
+    return images.numpy()
+
+
+def _rows(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())

@@ -1,0 +1,139 @@
+"""Everything that decides a run: a YAML recipe, then the command line over it."""
+
+import argparse
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.contract import InterflowError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Size = Annotated[int, Field(ge=1, le=4096)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _setting(group: str, default: Any, text: str) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group})
+
+
+class Recipe(BaseModel):
+    """The resolved configuration of a run, printed at its start and saved with it.
+
+    Each field is a key of a recipe's YAML file and an option of `training/train.py`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = _setting("data", "digits", "digits, cifar10, cifar100, svhn, mnist, kmnist, fashion_mnist, or a folder")
+    data_dir: Path = _setting("data", Path("data"), "where named sets lie, or are downloaded to")
+    image_size: Size | None = _setting("data", None, "pixels a side; the set's own, or 64 for a folder")
+    channels: Literal[1, 3] | None = _setting("data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder")
+    resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash an image of another shape")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
+    skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")
+    workers: Annotated[int, Field(ge=0)] = _setting("data", 2, "processes that decode a folder's images")
+
+    backbone: str = _setting("network", "vgg16", "name of a registered backbone")
+    method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")
+    depth: int | None = _setting("network", None, "layers of the backbone; all of them")
+    width: Positive = _setting("network", 1.0, "multiplier of the layers' channels")
+    taps: tuple[int, ...] | None = _setting("network", None, "layers to tap instead of the method's")
+    shared_heads: bool = _setting("network", True, "one linear layer for branches of equal channels")
+
+    epochs: Annotated[int, Field(ge=1)] = _setting("training", 100, "passes over the training images")
+    batch_size: Annotated[int, Field(ge=2)] = _setting("training", 64, "images a step")
+    lr: Positive = _setting("training", 1e-3, "learning rate, at its highest")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = _setting("training", 0.95, "of SGD")
+    nesterov: bool = _setting("training", False, "Nesterov's momentum")
+    weight_decay: NonNegative = _setting("training", 5e-4, "of all parameters")
+    schedule: Literal["step", "one_cycle"] = _setting("training", "step", "of the learning rate, see training/loop.py")
+    drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 20, "step: last epochs, at a tenth of the rate")
+    warmup: Probability = _setting("training", 0.2, "one_cycle: share of the steps in which the rate rises")
+    auxiliary_loss: NonNegative = _setting("training", 0.0, "weight of the loss on every stage's contribution")
+    crop_padding: Annotated[int, Field(ge=0)] = _setting("training", 0, "zeros around an image, then a random crop")
+    flip: Probability = _setting("training", 0.0, "chance of a mirrored image")
+    invert: Probability = _setting("training", 0.0, "chance of an image in negative")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = _setting("training", 0, "of weights, order and augmentation")
+    precision: Literal["float32", "bfloat16"] = _setting("training", "float32", "of the forward and backward pass")
+    device: Literal["auto", "cpu", "cuda"] = _setting("training", "auto", "cuda where there is one")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option for every field of `Recipe`, in named groups, all defaulting to "not given"."""
+    groups: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        extra = field.json_schema_extra
+        title = str(extra["group"]) if isinstance(extra, dict) else "other"
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        flag, default = "--" + name.replace("_", "-"), argparse.SUPPRESS
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=field.description)
+        elif name == "taps":
+            group.add_argument(flag, nargs="+", metavar="N", default=default, help=field.description)
+        else:
+            group.add_argument(flag, metavar=name.split("_")[-1].upper(), default=default, help=field.description)
+
+
+def resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
+    """Read the recipe, lay its settings for the data set over it, then the options given.
+
+    Args:
+        recipe: "digits", "paper", the path of a YAML file, or None: "digits" for the digits, else "paper".
+        options: settings by field name, as text or in their own type.
+
+    Raises:
+        InterflowError: no such recipe, or a setting it does not have or take, named.
+    """
+    if recipe is None:
+        recipe = "digits" if options.get("data", "digits") == "digits" else "paper"
+    settings = _read(recipe)
+    by_data = settings.pop("by_data", {})
+    data = options.get("data", settings.get("data", "digits"))
+    return _validate(settings | by_data.get(data, {}) | options, f"recipe {recipe} with the options given")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The resolved recipe that a run was saved with. Raises InterflowError as `resolve_recipe`."""
+    return _validate(_read(str(path)), str(path))
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    named = RECIPES / f"{recipe}.yaml"
+    path = named if named.is_file() else Path(recipe)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise InterflowError(
+            f"recipe {recipe}: not one of {known}, nor a YAML file that can be read ({error})."
+        ) from error
+    if not isinstance(settings, dict):
+        raise InterflowError(f"recipe {recipe}: expected a YAML mapping of settings, such as `epochs: 10`.")
+    return settings
+
+
+def _validate(settings: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        if first["type"] == "extra_forbidden":
+            raise InterflowError(f"{source}: there is no setting {name!r}; see --help for those there are.") from error
+        raise InterflowError(f"{source}: {name} is {first['input']!r}: {first['msg']}.") from error

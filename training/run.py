@@ -1,0 +1,146 @@
+"""A run's folder: recipe, history, checkpoint and, once it is finished, the model card."""
+
+import csv
+import io
+import itertools
+import subprocess
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from model.contract import InterflowError, ModelCard
+from training.files import write_text
+from training.recipe import Recipe, load_recipe
+
+RUNS = Path("runs")
+
+Row = dict[str, float]
+"""One epoch's figures by column name."""
+
+
+class Run:
+    """Paths and files of one run.
+
+    ::
+
+        recipe.yaml              the resolved configuration
+        metrics.csv              a row an epoch
+        tensorboard/             the same
+        checkpoint.safetensors   the state to resume from
+        card.json                the model card; its being there says that the run is finished
+        samples.npy              a few test images, for export to check the artefact with
+        accuracy.png, weights.png
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = folder / "recipe.yaml"
+        self.metrics = folder / "metrics.csv"
+        self.tensorboard = folder / "tensorboard"
+        self.checkpoint = folder / "checkpoint.safetensors"
+        self.card = folder / "card.json"
+        self.samples = folder / "samples.npy"
+        self._lock = FileLock(folder / ".lock")
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe) -> "Run":
+        """Make the folder and save the recipe in it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder)
+        run.lock()
+        write_text(run.recipe, recipe.to_yaml())
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple["Run", Recipe]:
+        """Open a run to go on with it.
+
+        Raises:
+            InterflowError: not a run's folder, or another process has it.
+        """
+        run = cls(folder)
+        if not run.recipe.is_file():
+            raise InterflowError(
+                f"{folder}: not a run's folder (no {run.recipe.name}); give --resume one below {RUNS}/."
+            )
+        run.lock()
+        return run, load_recipe(run.recipe)
+
+    def lock(self) -> None:
+        """Keep other processes out until this one ends, however it ends."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InterflowError(f"{self.folder}: another process is training this run.") from error
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        self._lock.release()
+
+    def history(self) -> list[Row]:
+        """The epochs so far."""
+        if not self.metrics.is_file():
+            return []
+        with self.metrics.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def save_history(self, rows: list[Row]) -> None:
+        """Write all epochs; called after each, so that the file is whole at any moment."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.metrics, text.getvalue())
+
+    def finished_card(self) -> ModelCard:
+        """The card of a finished run.
+
+        Raises:
+            InterflowError: no run there, or one that is not finished.
+        """
+        if not self.recipe.is_file():
+            raise InterflowError(f"{self.folder}: not a run's folder (no {self.recipe.name}); train one first.")
+        if not self.card.is_file():
+            raise InterflowError(
+                f"{self.folder}: the run is not finished; finish it with "
+                f"`python training/train.py --resume {self.folder}`."
+            )
+        return ModelCard.from_json(self.card.read_bytes(), self.card)
+
+
+def choose_folder(out: Path | None, recipe: Recipe) -> Path:
+    """`out`, or a new folder below runs/ named after the time, data, method and seed.
+
+    Raises:
+        InterflowError: `out` is there already and not empty.
+    """
+    if out is None:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(recipe.data).name}-{recipe.method}-seed{recipe.seed}"
+        names = (RUNS / (name if copy == 1 else f"{name}-{copy}") for copy in itertools.count(1))
+        return next(folder for folder in names if not folder.exists())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InterflowError(f"{out} is there already; give --out another folder, or --resume {out}.")
+    return out
+
+
+def newest_finished(runs: Path = RUNS) -> Run:
+    """The run whose card is the latest.
+
+    Raises:
+        InterflowError: none is finished.
+    """
+    finished = [Run(path.parent) for path in runs.glob("*/card.json")]
+    if not finished:
+        raise InterflowError(f"no finished run below {runs}/; train one with `python training/train.py`.")
+    return max(finished, key=lambda run: run.finished_card().provenance.created)
+
+
+def git_revision() -> str | None:
+    """Commit of the code, with "-dirty" where tracked files were changed; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None
