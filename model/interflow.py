@@ -59,7 +59,7 @@ class Interflow(nn.Module):
         features = self.backbone(x)
         maps = tuple(self.heads[name](feature) for name, feature in zip(self.head_names, features, strict=True))
         branch_logits = torch.stack([branch_map.mean(dim=(2, 3)) for branch_map in maps], dim=1)
-        weights = self.attention.matrix().expand(len(x), -1, -1)
+        weights = self.attention.matrix().expand(x.shape[0], -1, -1)
         return InterflowOutput(self.attention(branch_logits), branch_logits, weights, maps)
 
 

@@ -1,0 +1,1 @@
+"""The server: reads exports/, answers over HTTP. Never imports torch."""

@@ -1,0 +1,153 @@
+"""What the server answers, as JSON."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.contract import MethodInfo, ModelCard
+
+Confidence = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class Problem(_Body):
+    """An error (RFC 9457); `code` is stable and meant for programs, `detail` for people."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+
+
+class ModelRef(_Body):
+    """Which network answered; `sha256` is that of its weights."""
+
+    name: str
+    version: str
+    method: str
+    sha256: str
+
+
+class Prediction(_Body):
+    """A class and the softmax probability given to it."""
+
+    label: str
+    index: Annotated[int, Field(ge=0)]
+    confidence: Confidence
+
+
+class StageAnswer(_Body):
+    """What one stage said, and how much it counted in the fused answer."""
+
+    name: str
+    depth: Annotated[int, Field(description="layers of the backbone up to this stage's end")]
+    prediction: Annotated[Prediction, Field(description="of the stage's reading, softmax(a * z): what it believes")]
+    top_k: Annotated[list[Prediction], Field(description="of the stage's reading")]
+    weight: Annotated[float, Field(description="attention weight w for the answer's class; no measure of importance")]
+    contribution: Annotated[
+        float, Field(description="w * z for the answer's class; over all stages they sum to its fused logit")
+    ]
+    share: Annotated[
+        float, Field(ge=0, le=1, description="of the answer: its absolute evidence over that of all stages")
+    ]
+    agrees: Annotated[bool, Field(description="the reading's class is the answer's")]
+    evaluated: bool
+
+
+class Timing(_Body):
+    """Milliseconds since the request's body was read."""
+
+    decode: Annotated[float, Field(description="image to pixels, with the wait for a free decoder")]
+    queue: Annotated[float, Field(description="wait for the network")]
+    inference: Annotated[float, Field(description="the network's forward pass")]
+    total: Annotated[float, Field(description="from the body's last byte to this answer")]
+
+
+class Answer(_Body):
+    """The answer to one image."""
+
+    request_id: str
+    model: ModelRef
+    prediction: Annotated[Prediction, Field(description="of the fused logits over the card's temperature")]
+    top_k: list[Prediction]
+    stages: Annotated[list[StageAnswer], Field(description="from shallow to deep")]
+    agreement: Annotated[float, Field(ge=0, le=1, description="share of the evaluated stages that agree")]
+    timing_ms: Timing
+
+
+class Runtime(_Body):
+    """What a model runs on."""
+
+    provider: Literal["cuda", "cpu"]
+    requested_provider: Literal["auto", "cuda", "cpu"]
+    fallback: Annotated[str | None, Field(description="why `auto` did not take CUDA; null where it did")]
+    onnxruntime: Annotated[str, Field(description="version")]
+    threads: Annotated[int, Field(description="CPU threads of one inference")]
+
+
+class ModelDescription(ModelCard):
+    """A model's card, and what it runs on."""
+
+    runtime: Runtime
+
+
+class LoadedModelSummary(ModelRef):
+    """One loaded model."""
+
+    classes: Annotated[int, Field(description="how many")]
+    default: Annotated[bool, Field(description="answers where a request names no model")]
+
+
+class ModelList(_Body):
+    """The loaded models."""
+
+    models: list[LoadedModelSummary]
+
+
+class StageWeights(_Body):
+    """One stage's learned numbers, each by class name; where they are shared, all classes have the same."""
+
+    name: str
+    depth: int
+    weights: Annotated[dict[str, float], Field(description="W: factor of the stage's raw logit in the fused logit")]
+    reading_scales: Annotated[dict[str, float], Field(description="a: the stage's reading is softmax(a * z)")]
+    importance: Annotated[Confidence, Field(description="mean share of the stage in the answers")]
+    accuracy: Annotated[Confidence, Field(description="of the stage's reading, on the test data that the card names")]
+
+
+class BranchWeights(_Body):
+    """How a model's stages are fused."""
+
+    model: ModelRef
+    method: MethodInfo
+    shared_over_classes: Annotated[bool, Field(description="one weight a stage (true), or one a stage and class")]
+    stages: list[StageWeights]
+    fitted_on: Annotated[str, Field(description="data that reading scales and importance were fitted on")]
+    how_to_read: str
+
+
+class Alive(_Body):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class ReadyModel(_Body):
+    """A model that passed its warm-up."""
+
+    name: str
+    version: str
+    provider: Literal["cuda", "cpu"]
+    fallback: str | None
+
+
+class Ready(_Body):
+    """At least one model is loaded and passed its warm-up."""
+
+    status: Literal["ready"] = "ready"
+    models: Annotated[list[ReadyModel], Field(min_length=1)]

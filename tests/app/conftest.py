@@ -1,0 +1,225 @@
+"""What the server's tests share: a network whose answers are computed by hand, the bundled artefact, a real server."""
+
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from app.inference import DirectInference, Network, Outputs
+from app.main import create_app
+from app.repository import LoadedModel, Repository
+from app.schemas import Runtime
+from app.settings import PREFIX, Settings
+from model.contract import CARD_FILE, METADATA_KEY, MODEL_FILE, ModelCard
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("red", "green", "blue")
+RUNTIME = Runtime(provider="cpu", requested_provider="cpu", fallback=None, onnxruntime="0", threads=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.upper().startswith(PREFIX):
+                patch.delenv(name)
+        yield
+
+
+class ColourNetwork:
+    """Three stages, three classes; with m = the mean red, green and blue of an image, in 0..1:
+
+    stage 0: z = m, w = 1; stage 1: z = -2 m, w = -1.5 (upside down); stage 2: z = m moved on by one class, w = 0.5.
+    """
+
+    weights = np.array([[1.0] * 3, [-1.5] * 3, [0.5] * 3], np.float32)
+
+    def run(self, images: np.ndarray) -> Outputs:
+        means = images.astype(np.float32).mean(axis=(1, 2)) / 255
+        branch_logits = np.stack([means, -2 * means, np.roll(means, 1, axis=1)], axis=1)
+        weights = np.broadcast_to(self.weights, branch_logits.shape)
+        return Outputs((weights * branch_logits).sum(axis=1), branch_logits, weights)
+
+
+def _colour_card(name: str = "colours", version: str = "1", created: str = "2026-01-01T00:00:00Z") -> ModelCard:
+    stages = [{"name": f"conv{i}", "depth": i, "channels": 4, "map_size": (2, 2)} for i in (1, 2, 3)]
+    return ModelCard.model_validate(
+        {
+            "name": name,
+            "version": version,
+            "classes": CLASSES,
+            "input": {"height": 4, "width": 4, "channels": 3, "mean": [0] * 3, "std": [1] * 3, "resize": "squash"},
+            "backbone": {"name": "by hand", "depth": 3, "width": 1.0},
+            "method": {
+                "name": "S1",
+                "attention": "branch",
+                "initial_weights": "random",
+                "learned": True,
+                "shared_heads": False,
+            },
+            "stages": stages,
+            "branch_weights": ColourNetwork.weights.tolist(),
+            "reading_scales": ColourNetwork.weights.tolist(),
+            "temperature": 2.0,
+            "branch_importance": [0.25, 0.7, 0.05],
+            "fitted_on": "nothing",
+            "metrics": {
+                "data": "colours",
+                "split": "test",
+                "images": 3,
+                "seed": 0,
+                "accuracy": 1.0,
+                "branch_accuracy": [1.0, 0.9, 0.0],
+                "ece": 0.1,
+                "branch_ece": [0.1, 0.1, 0.1],
+            },
+            "provenance": {
+                "created": created,
+                "run": "by hand",
+                "weights_sha256": "0" * 64,
+                "git_revision": None,
+                "versions": {},
+            },
+        }
+    )
+
+
+@pytest.fixture
+def colour_card() -> Callable[..., ModelCard]:
+    """Makes the card of `ColourNetwork` under any name, version and time."""
+    return _colour_card
+
+
+@pytest.fixture
+def colour_model() -> Callable[..., LoadedModel]:
+    """Makes a loaded model of the card's arguments and a network, `ColourNetwork` by default."""
+
+    def make(network: Network | None = None, **card: str) -> LoadedModel:
+        return LoadedModel(_colour_card(**card), RUNTIME, DirectInference(network or ColourNetwork()))
+
+    return make
+
+
+Serve = Callable[[FastAPI], AbstractContextManager[httpx.Client]]
+
+
+@contextmanager
+def _serve(app: FastAPI) -> Iterator[httpx.Client]:
+    """A uvicorn server in a thread, and a client that speaks real HTTP to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while thread.is_alive() and not server.started:
+            time.sleep(0.005)
+        if not server.started:
+            raise RuntimeError("the server did not start")
+        try:
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Serve:
+    """Context manager that serves an application and gives a client for it."""
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def colours() -> Iterator[httpx.Client]:
+    """A client of a server of the hand-computed network, with 100,000 bytes and 1,000,000 pixels allowed."""
+    settings = Settings(max_bytes=100_000, max_pixels=1_000_000)
+    model = LoadedModel(_colour_card(), RUNTIME, DirectInference(ColourNetwork()))
+    with _serve(create_app(settings, Repository([model]))) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def digits() -> Iterator[httpx.Client]:
+    """A client of a server of the bundled models, as a user starts it."""
+    with _serve(create_app(Settings(exports=ROOT / "exports", model="digits"))) as client:
+        yield client
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Path:
+    """A copy of the bundled artefact, free to be broken: `<tmp_path>/exports/digits/1`."""
+    folder = tmp_path / "exports" / "digits" / "1"
+    shutil.copytree(ROOT / "exports" / "digits" / "1", folder)
+    return folder
+
+
+@pytest.fixture
+def rewrite_card() -> Callable[..., None]:
+    """Changes fields of an artefact's card, in model.json and in the graph's metadata alike."""
+
+    def rewrite(folder: Path, metadata: bool = True, **changes: object) -> None:
+        card = ModelCard.from_json((folder / CARD_FILE).read_bytes(), folder)
+        text = ModelCard.model_validate(card.model_dump() | changes).to_json()
+        (folder / CARD_FILE).write_text(text)
+        if metadata:  # protobuf: what is appended is read last, and the last entry of a key counts
+            entry = _field(1, METADATA_KEY.encode()) + _field(2, text.encode())
+            with (folder / MODEL_FILE).open("ab") as file:
+                file.write(_field(14, entry))
+
+    return rewrite
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    low, high = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(high) if high else bytes([low])
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Real pictures that scikit-image carries."""
+    spec = importlib.util.find_spec("skimage")
+    return Path(spec.origin).parent / "data"
+
+
+@pytest.fixture
+def logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Log records from info up."""
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.Popen]:
+    """Starts `python -m app` with the given arguments and INTERFLOW_ settings, on a free port by default."""
+
+    def run(*arguments: str, **settings: object) -> subprocess.Popen:
+        chosen = {"port": 0, "exports": ROOT / "exports"} | settings
+        environment = os.environ | {PREFIX + name.upper(): str(value) for name, value in chosen.items()}
+        return subprocess.Popen(
+            [sys.executable, "-m", "app", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run

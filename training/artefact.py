@@ -1,0 +1,131 @@
+"""From a finished run to a model version that the server, or Triton, loads."""
+
+import io
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from model.contract import CARD_FILE, IMAGE, METADATA_KEY, MODEL_FILE, InterflowError, ModelCard
+from model.interflow import Interflow, Normalize
+from training.config_pbtxt import config_pbtxt
+from training.files import write_text
+
+OPSET = 20
+CONFIG_FILE = "config.pbtxt"
+
+
+class ServedNetwork(nn.Module):
+    """The graph that is exported: pixels in, all outputs out, in the order of `ModelCard.outputs`."""
+
+    def __init__(self, network: Interflow, card: ModelCard) -> None:
+        super().__init__()
+        self.normalize = Normalize(card.input.mean, card.input.std)
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """uint8 (N, height, width, channels) to logits, branch logits, branch weights and the class maps."""
+        output = self.network(self.normalize(image))
+        return output.logits, output.branch_logits, output.branch_weights, *output.branch_maps
+
+
+def to_onnx(network: Interflow, card: ModelCard) -> bytes:
+    """Export a network in evaluation mode: one file, weights inside, the card in its metadata, the batch symbolic."""
+    spec = card.input
+    example = torch.zeros(2, spec.height, spec.width, spec.channels, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's to mend
+        program = torch.onnx.export(
+            ServedNetwork(network, card).eval(),
+            (example,),
+            input_names=[IMAGE],
+            output_names=list(card.outputs),
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101 - so with dynamo=True
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {METADATA_KEY: card.to_json()})
+    model.doc_string = f"Interflow {card.name}, version {card.version}; outputs and card: metadata {METADATA_KEY!r}"
+    onnx.checker.check_model(model, full_check=True)
+    buffer = io.BytesIO()
+    onnx.save_model(model, buffer)
+    return buffer.getvalue()
+
+
+def next_version(exports: Path, name: str) -> str:
+    """One more than the highest version of a model there is."""
+    return str(1 + max((int(path.name) for path in _versions(exports / name)), default=0))
+
+
+def require_fitting(exports: Path, card: ModelCard) -> None:
+    """Check that a card's version is free, and that its model's other versions have the same signature and classes.
+
+    Raises:
+        InterflowError: names the version or the difference.
+    """
+    if (exports / card.name / card.version).exists():
+        raise InterflowError(
+            f"{exports / card.name / card.version} is there already; leave --version out for the next free one."
+        )
+    mine = _signature(card)
+    for path in _versions(exports / card.name):
+        theirs = _signature(ModelCard.from_json((path / CARD_FILE).read_bytes(), path / CARD_FILE))
+        odd = next((key for key in mine | theirs if mine.get(key) != theirs.get(key)), None)
+        if odd:
+            raise InterflowError(
+                f"versions of one model share one signature, but {odd} is {mine.get(odd, 'missing')} here and "
+                f"{theirs.get(odd, 'missing')} in {path}; export under another name with --name."
+            )
+
+
+def write_artefact(exports: Path, card: ModelCard, model: bytes) -> Path:
+    """Put a model version in the repository whole: staged under a dot-name, renamed last.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        InterflowError: the version was taken meanwhile.
+    """
+    folder = exports / card.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder))
+    try:
+        stage.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server that runs as another user
+        (stage / MODEL_FILE).write_bytes(model)
+        (stage / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
+        if not (folder / CONFIG_FILE).exists():  # the same for all versions, because their signatures are
+            write_text(folder / CONFIG_FILE, config_pbtxt(card))
+        try:
+            stage.rename(folder / card.version)
+        except OSError as error:
+            raise InterflowError(
+                f"{folder / card.version} appeared meanwhile; export again for the next one."
+            ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return folder / card.version
+
+
+def export_versions() -> dict[str, str]:
+    """What the exported graph was made and checked with."""
+    return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def _signature(card: ModelCard) -> dict[str, str]:
+    """All that a client of the model relies on, by name."""
+    tensors = {f"input {name}": str(spec) for name, spec in card.inputs.items()}
+    tensors |= {f"output {name}": str(spec) for name, spec in card.outputs.items()}
+    return tensors | {f"class {index}": repr(label) for index, label in enumerate(card.classes)}
+
+
+def _versions(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]

@@ -1,0 +1,110 @@
+"""Proof that an exported graph says what the trained network says, and that its sums are exact."""
+
+import numpy as np
+import onnxruntime
+import torch
+from torch.nn import functional
+
+from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, LOGITS, InterflowError, ModelCard, branch_map_name
+from model.interflow import Interflow, Normalize
+
+BATCHES = (1, 2, 17)
+TOLERANCE = 1e-4
+"""Largest difference allowed, relative to the largest magnitude in the tensor or 1: float32 in another order."""
+
+
+class VerificationError(InterflowError):
+    """The artefact does not hold what it promises; it is not written."""
+
+
+def verify(model: bytes, card: ModelCard, network: Interflow, samples: np.ndarray) -> float:
+    """Run the graph on real images and compare every output, at batches of 1, 2 and 17.
+
+    Checked: the graph's signature is the card's; ONNX = PyTorch; the fused logits are the weighted sum of the branch
+    logits; these are the means of the class maps; and all three equal pooling, linear layer and sum done independently,
+    in float64, on the backbone's features and the heads' tensors. (The graph holds the identities by how it is built,
+    so that the graph alone would prove nothing.)
+
+    Args:
+        model: the serialised graph.
+        card: describes it.
+        network: the trained network, in evaluation mode on the CPU.
+        samples: uint8 (20 or more, height, width, channels).
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        VerificationError: names the batch and the comparison that failed, and by how much.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    for kind, nodes, expected in (
+        ("inputs", session.get_inputs(), card.inputs),
+        ("outputs", session.get_outputs(), card.outputs),
+    ):
+        found = {node.name: (node.type, [s if isinstance(s, int) else None for s in node.shape]) for node in nodes}
+        promised = {name: (_ORT_TYPES[spec.dtype], list(spec.shape)) for name, spec in expected.items()}
+        if found != promised:
+            raise VerificationError(f"the graph's {kind} are {found}; the card promises {promised}.")
+
+    worst, start = 0.0, 0
+    for batch in BATCHES:
+        images = samples[start : start + batch]
+        start += batch
+        served = dict(zip(card.outputs, session.run(list(card.outputs), {IMAGE: images}), strict=True))
+        for reference, outputs in (
+            ("PyTorch", _by_pytorch(network, card, images)),
+            ("the sums of its own outputs", _by_identity(served, card)),
+            ("pooling, linear layer and sum in float64", _by_hand(network, card, images)),
+        ):
+            for name, expected_values in outputs.items():
+                scale = max(1.0, float(np.abs(expected_values).max()))
+                difference = float(np.abs(served[name] - expected_values).max()) / scale
+                if not difference <= TOLERANCE or served[name].shape != expected_values.shape:
+                    raise VerificationError(
+                        f"batch {batch}: {name} differs from {reference} by {difference:.2g} of its scale; "
+                        f"{TOLERANCE:g} is allowed. The artefact is not written."
+                    )
+                worst = max(worst, difference)
+    return worst
+
+
+_ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+
+
+@torch.inference_mode()
+def _by_pytorch(network: Interflow, card: ModelCard, images: np.ndarray) -> dict[str, np.ndarray]:
+    output = network(Normalize(card.input.mean, card.input.std)(torch.from_numpy(images)))
+    tensors = (output.logits, output.branch_logits, output.branch_weights, *output.branch_maps)
+    return {name: tensor.numpy() for name, tensor in zip(card.outputs, tensors, strict=True)}
+
+
+def _by_identity(served: dict[str, np.ndarray], card: ModelCard) -> dict[str, np.ndarray]:
+    maps = [served[branch_map_name(i)].mean(axis=(2, 3)) for i in range(len(card.stages))]
+    return {
+        LOGITS: (served[BRANCH_WEIGHTS] * served[BRANCH_LOGITS]).sum(axis=1),
+        BRANCH_LOGITS: np.stack(maps, axis=1),
+    }
+
+
+@torch.inference_mode()
+def _by_hand(network: Interflow, card: ModelCard, images: np.ndarray) -> dict[str, np.ndarray]:
+    pixels = torch.from_numpy(images)
+    features = network.backbone(Normalize(card.input.mean, card.input.std)(pixels))
+    tensors = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    branch_logits = torch.stack(
+        [
+            functional.linear(
+                feature.double().mean(dim=(2, 3)),
+                tensors[f"heads.{head}.weight"].flatten(1),
+                tensors[f"heads.{head}.bias"],
+            )
+            for head, feature in zip(network.head_names, features, strict=True)
+        ],
+        dim=1,
+    )
+    weights = tensors["attention.weight"].expand(len(card.stages), len(card.classes))
+    fused = torch.einsum("bk,nbk->nk", weights, branch_logits)
+    return {LOGITS: fused.numpy(), BRANCH_LOGITS: branch_logits.numpy()}
