@@ -1,5 +1,6 @@
 """What the server's tests share: a network whose answers are computed by hand, the bundled artefact, a real server."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
@@ -114,11 +115,11 @@ def colour_model() -> Callable[..., LoadedModel]:
     return make
 
 
-Serve = Callable[[FastAPI], AbstractContextManager[httpx.Client]]
+Serve = Callable[[FastAPI], AbstractContextManager[httpx2.Client]]
 
 
 @contextmanager
-def _serve(app: FastAPI) -> Iterator[httpx.Client]:
+def _serve(app: FastAPI) -> Iterator[httpx2.Client]:
     """A uvicorn server in a thread, and a client that speaks real HTTP to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5))
@@ -130,7 +131,7 @@ def _serve(app: FastAPI) -> Iterator[httpx.Client]:
             raise RuntimeError("the server did not start")
         try:
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+            with httpx2.Client(base_url=address, timeout=60, trust_env=False) as client:
                 yield client
         finally:
             server.should_exit = True
@@ -144,7 +145,7 @@ def serve() -> Serve:
 
 
 @pytest.fixture(scope="session")
-def colours() -> Iterator[httpx.Client]:
+def colours() -> Iterator[httpx2.Client]:
     """A client of a server of the hand-computed network, with 100,000 bytes and 1,000,000 pixels allowed."""
     settings = Settings(max_bytes=100_000, max_pixels=1_000_000)
     model = LoadedModel(_colour_card(), RUNTIME, DirectInference(ColourNetwork()))
@@ -153,7 +154,7 @@ def colours() -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Iterator[httpx.Client]:
+def digits() -> Iterator[httpx2.Client]:
     """A client of a server of the bundled models, as a user starts it."""
     with _serve(create_app(Settings(exports=ROOT / "exports", model="digits"))) as client:
         yield client
@@ -223,3 +224,22 @@ def start() -> Callable[..., subprocess.Popen]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def raw_answer() -> Callable[..., bytes]:
+    """Sends bytes as they are to a client's server, and returns all that comes back."""
+
+    def exchange(client: httpx2.Client, request: bytes, half_close: bool = False, read: bool = True) -> bytes:
+        answer = b""
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+            with contextlib.suppress(ConnectionError):  # the server may have answered and closed before the end
+                connection.sendall(request)
+                if half_close:
+                    connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while read and (received := connection.recv(65536)):
+                    answer += received
+        return answer
+
+    return exchange

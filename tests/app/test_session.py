@@ -1,0 +1,240 @@
+"""An artefact is served only if it is whole, is what its card says, and keeps both exact sums."""
+
+import contextlib
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from app import session as module
+from app.errors import InferenceError
+from app.session import ModelError, Session
+from app.settings import Settings
+from model.contract import BRANCH_LOGITS, CARD_FILE, LOGITS, MODEL_FILE, CardError
+from model.explain import contributions
+
+CPU = Settings(provider="cpu", threads=1)
+
+
+@pytest.fixture
+def images(artefact):
+    spec = Session(artefact, CPU).card.input
+    shape = (5, spec.height, spec.width, spec.channels)
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+def test_a_batch_gives_what_its_images_give_alone(artefact, images):
+    session = Session(artefact, CPU)
+    together = session.run(images)
+    for index in range(len(images)):
+        alone = session.run(images[index : index + 1])
+        np.testing.assert_allclose(together.logits[index], alone.logits[0], rtol=1e-4, atol=1e-4)
+    added = contributions(together.branch_logits, together.branch_weights)
+    np.testing.assert_allclose(added.sum(axis=1), together.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_runtime_is_reported(artefact):
+    runtime = Session(artefact, CPU).runtime
+    assert (runtime.provider, runtime.requested_provider, runtime.fallback) == ("cpu", "cpu", None)
+    assert (runtime.onnxruntime, runtime.threads) == (onnxruntime.__version__, 1)
+
+
+def test_images_of_a_wrong_shape_are_an_inference_error(artefact):
+    with pytest.raises(InferenceError, match="inference failed"):
+        Session(artefact, CPU).run(np.zeros((1, 2, 3, 4), np.uint8))
+
+
+# Broken artefacts
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, CARD_FILE])
+def test_a_missing_file(artefact, name):
+    (artefact / name).unlink()
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        Session(artefact, CPU)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
+def test_a_truncated_graph(artefact, kept):
+    whole = (artefact / MODEL_FILE).read_bytes()
+    (artefact / MODEL_FILE).write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    with pytest.raises(ModelError, match=MODEL_FILE) as caught:
+        Session(artefact, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"\xff\xfe", b'{"format_version": 2}', b"[" * 100_000])
+def test_a_card_that_is_none(artefact, text):
+    (artefact / CARD_FILE).write_bytes(text)
+    with pytest.raises(CardError, match="not a model card"):
+        Session(artefact, CPU)
+
+
+@pytest.mark.parametrize(("name", "version"), [("other", "1"), ("digits", "2")])
+def test_a_card_of_another_model(artefact, rewrite_card, name, version):
+    rewrite_card(artefact, name=name, version=version)
+    with pytest.raises(ModelError, match=f"the card is that of {name}, version {version}"):
+        Session(artefact, CPU)
+
+
+def test_a_card_that_differs_from_the_one_inside(artefact, rewrite_card):
+    rewrite_card(artefact, metadata=False, temperature=9.0)
+    with pytest.raises(ModelError, match=r"the card inside differs from model\.json in `temperature`"):
+        Session(artefact, CPU)
+
+
+def test_a_graph_without_a_card(artefact):
+    whole = (artefact / MODEL_FILE).read_bytes()
+    assert b"\x0a\x09interflow" in whole
+    (artefact / MODEL_FILE).write_bytes(whole.replace(b"\x0a\x09interflow", b"\x0a\x09otherflow"))
+    with pytest.raises(ModelError, match="holds no metadata entry `interflow`"):
+        Session(artefact, CPU)
+
+
+def test_an_input_of_another_size(artefact, rewrite_card):
+    spec = Session(artefact, CPU).card.input
+    rewrite_card(artefact, input=spec.model_dump() | {"height": spec.height + 1})
+    with pytest.raises(
+        ModelError, match=rf"input `image` is uint8\[N, {spec.height}, .* says uint8\[N, {spec.height + 1}"
+    ):
+        Session(artefact, CPU)
+
+
+def test_maps_of_another_size(artefact, rewrite_card):
+    stages = [stage.model_dump() for stage in Session(artefact, CPU).card.stages]
+    stages[0]["map_size"] = (3, 5)
+    rewrite_card(artefact, stages=stages)
+    with pytest.raises(
+        ModelError, match=r"output `branch_map_0` is float32\[N, .* but its card says float32\[N, \d+, 3, 5\]"
+    ):
+        Session(artefact, CPU)
+
+
+def test_one_stage_less_on_the_card(artefact, rewrite_card):
+    card = Session(artefact, CPU).card
+    fewer = len(card.stages) - 1
+    importance = np.asarray(card.branch_importance[:-1])
+    rewrite_card(
+        artefact,
+        stages=card.stages[:-1],
+        branch_weights=card.branch_weights[:-1],
+        reading_scales=card.reading_scales[:-1],
+        branch_importance=tuple(importance / importance.sum()),
+        metrics=card.metrics.model_dump()
+        | {"branch_accuracy": card.metrics.branch_accuracy[:-1], "branch_ece": card.metrics.branch_ece[:-1]},
+    )
+    with pytest.raises(ModelError, match=rf"output `branch_logits` is .* says float32\[N, {fewer}, "):
+        Session(artefact, CPU)
+
+
+def test_weights_that_are_not_the_graphs(artefact, rewrite_card):
+    weights = np.asarray(Session(artefact, CPU).card.branch_weights)
+    weights[0, 0] += 0.01 * np.abs(weights).max()
+    rewrite_card(artefact, branch_weights=weights.tolist())
+    with pytest.raises(ModelError, match="`branch_weights` are not the card's"):
+        Session(artefact, CPU)
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "complaint"),
+    [
+        (LOGITS, lambda values: values * 1.01, "not the sum of the contributions"),
+        ("branch_map_0", lambda values: values + 1, "does not average to its logits"),
+        (BRANCH_LOGITS, lambda values: values[:1], "came as"),
+        (LOGITS, lambda values: values * np.nan, "not finite"),
+    ],
+)
+def test_a_graph_that_breaks_its_promises(artefact, monkeypatch, output, change, complaint):
+    run = onnxruntime.InferenceSession.run
+
+    def broken(self, names, feeds):
+        return [change(values) if name == output else values for name, values in zip(names, run(self, names, feeds))]  # noqa: B905
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", broken)
+    with pytest.raises(ModelError, match=complaint):
+        Session(artefact, CPU)
+
+
+def test_a_graph_that_fails_when_run(artefact, monkeypatch):
+    def failing(self, names, feeds):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", failing)
+    with pytest.raises(ModelError, match=r"fails on 1 images \(first line\)"):
+        Session(artefact, CPU)
+
+
+# Providers
+
+
+def load_no_driver(name, *_):
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_auto_falls_back_loudly_without_a_driver(artefact, monkeypatch, logs, capfd):
+    monkeypatch.setattr(module.ctypes, "CDLL", load_no_driver)
+    runtime = Session(artefact, Settings(provider="auto")).runtime
+    assert (runtime.provider, runtime.requested_provider) == ("cpu", "auto")
+    assert "no NVIDIA driver" in runtime.fallback
+    (record,) = [record for record in logs.records if record.name == "app.session"]
+    assert record.levelname == "WARNING"
+    assert "no NVIDIA driver" in record.message
+    assert capfd.readouterr() == ("", "")  # nothing of onnxruntime's own
+
+
+def test_cuda_without_a_driver_is_refused(artefact, monkeypatch):
+    monkeypatch.setattr(module.ctypes, "CDLL", load_no_driver)
+    with pytest.raises(ModelError, match="INTERFLOW_PROVIDER is cuda, but there is no NVIDIA driver"):
+        Session(artefact, Settings(provider="cuda"))
+
+
+def test_an_onnxruntime_without_cuda(artefact, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "has no CUDA" in Session(artefact, Settings(provider="auto")).runtime.fallback
+
+
+@pytest.fixture
+def pretended_driver(monkeypatch):
+    """The driver loads; what onnxruntime makes of CUDA is up to the test."""
+    cuda = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: cuda)
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: print("Failed to load libcudart.so.13: no such file\nmore")
+    )
+
+
+def test_cuda_that_silently_becomes_cpu_is_noticed(artefact, monkeypatch, pretended_driver):
+    create = module._create
+    monkeypatch.setattr(module, "_create", lambda path, providers, threads: create(path, [module.CPU], threads))
+    reason = Session(artefact, Settings(provider="auto")).runtime.fallback
+    assert "CUDA does not start (Failed to load libcudart.so.13: no such file; the extra `gpu`" in reason
+    with pytest.raises(ModelError, match="INTERFLOW_PROVIDER is cuda, but CUDA does not start"):
+        Session(artefact, Settings(provider="cuda"))
+
+
+def test_cuda_that_fails_is_told(artefact, monkeypatch, pretended_driver):
+    create = module._create
+
+    def out_of_memory(path, providers, threads):
+        if providers != [module.CPU]:
+            raise RuntimeError("CUDA failure 2: out of memory\nmore")
+        return create(path, providers, threads)
+
+    monkeypatch.setattr(module, "_create", out_of_memory)
+    assert Session(artefact, Settings(provider="auto")).runtime.fallback == (
+        "CUDA cannot run it (CUDA failure 2: out of memory)"
+    )
+
+
+def test_cuda_is_asked_for_with_the_heuristic_search(artefact, monkeypatch, pretended_driver):
+    asked = []
+
+    def record(path, providers, threads):
+        asked.append(providers)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(module, "_create", record)
+    with contextlib.suppress(ModelError):
+        Session(artefact, Settings(provider="cuda"))
+    assert asked == [[("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"]]

@@ -1,0 +1,210 @@
+"""Every kind of image Pillow opens, to the same upright 8-bit pixels; by the card's rule, to the network's size."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from model.contract import InputSpec
+from model.images import ImageError, ImageTooLargeError, decode_image, read_input, to_input
+
+
+def spec(size=(20, 10), channels=3, resize="crop", interpolation="bilinear"):
+    return InputSpec(
+        height=size[0], width=size[1], channels=channels, mean=(0,) * channels, std=(1,) * channels,
+        resize=resize, interpolation=interpolation,
+    )  # fmt: skip
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def cat(photographs):
+    with Image.open(photographs["chelsea.png"]) as image:
+        return image.convert("RGB")
+
+
+def difference(image, other):
+    return np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "loss"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 90}, 4),
+        ("JPEG", {"quality": 95}, 4),
+        ("JPEG", {"quality": 95, "progressive": True}, 4),
+        ("GIF", {}, 12),
+    ],
+)
+def test_every_format_gives_the_photograph(cat, kind, options, loss):
+    decoded = decode_image(encode(cat, kind, **options), 3)
+    assert decoded.mode == "RGB"
+    assert decoded.size == cat.size
+    assert difference(decoded, cat) <= loss
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_honoured(cat, orientation, kind):
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)  # fmt: skip
+    stored = cat if undo is None else cat.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(encode(stored, kind, exif=exif), 3)
+    assert decoded.size == cat.size
+    assert difference(decoded, cat) < 5
+
+
+def test_grey_palette_and_one_bit_become_what_the_network_reads(cat):
+    grey = cat.convert("L")
+    for image in (grey, cat.convert("P"), cat.convert("1")):
+        assert decode_image(encode(image), 3).mode == "RGB"
+        assert decode_image(encode(image), 1).mode == "L"
+    assert difference(decode_image(encode(grey), 1), grey) == 0
+    assert difference(decode_image(encode(cat), 1), grey) == 0
+    palette = cat.convert("P")
+    assert difference(decode_image(encode(palette), 3), palette.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white(mode):
+    image = Image.new(mode, (4, 4), (0,) * len(mode))  # black, and wholly transparent
+    image.paste((0,) * (len(mode) - 1) + (255,), (0, 0, 2, 4))  # black, opaque
+    image.paste((0,) * (len(mode) - 1) + (102,), (3, 0, 4, 4))  # black, 40 %
+    row = np.asarray(decode_image(encode(image), 1))[0].tolist()
+    assert row == [0, 0, 255, 153]
+
+
+def test_transparent_palette_entries_and_colour_keys_are_laid_over_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 0, 0, 0])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(decode_image(encode(palette, transparency=1), 3)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert np.asarray(decode_image(encode(keyed, transparency=(4, 5, 6)), 3)).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+def test_sixteen_bits_are_scaled_to_eight_not_cut(cat):
+    grey = np.asarray(cat.convert("L"))
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert sixteen.mode == "I;16"
+    for kind in ("PNG", "TIFF"):
+        assert difference(decode_image(encode(sixteen, kind), 1), grey) == 0
+    thirty_two = Image.fromarray(grey.astype(np.int32) * 257)
+    assert difference(decode_image(encode(thirty_two, "TIFF"), 1), grey) == 0
+
+
+def test_float_samples_are_read_as_fractions_or_as_bytes(cat):
+    grey = np.asarray(cat.convert("L"))
+    for samples in (grey / 255, grey.astype(float)):
+        tiff = encode(Image.fromarray(samples.astype(np.float32)), "TIFF")
+        assert difference(decode_image(tiff, 1), grey) == 0
+    with_gaps = np.array([[np.nan, np.inf, -np.inf, 0.5]], np.float32)
+    assert decode_image(encode(Image.fromarray(with_gaps), "TIFF"), 1).size == (4, 1)
+
+
+def test_cmyk_and_lab_become_rgb(cat):
+    assert difference(decode_image(encode(cat.convert("CMYK"), "JPEG", quality=95), 3), cat) < 6
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    assert difference(decode_image(encode(ImageCms.applyTransform(cat, to_lab), "TIFF"), 3), cat) < 6
+
+
+def test_the_first_frame_of_an_animation_counts(cat):
+    small = cat.resize((30, 20))
+    gif = encode(small, "GIF", save_all=True, append_images=[Image.new("RGB", small.size, "red")])
+    assert difference(decode_image(gif, 3), small) < 12
+
+
+def test_an_image_of_the_inputs_size_passes_unchanged_by_every_rule(cat):
+    image = cat.resize((10, 20))
+    for rule in ("crop", "pad", "squash"):
+        assert np.array_equal(to_input(image, spec(resize=rule)), np.asarray(image))
+
+
+def test_crop_takes_the_middle_pad_keeps_all_and_squash_stretches():
+    thirds = Image.new("L", (90, 30))  # black, white, grey
+    thirds.paste(255, (30, 0, 60, 30))
+    thirds.paste(100, (60, 0, 90, 30))
+
+    def fitted(rule):
+        return to_input(thirds, spec((30, 30), 1, rule, "nearest"))[..., 0]
+
+    assert (fitted("crop") == 255).all()
+    assert fitted("squash")[0].tolist() == [0] * 10 + [255] * 10 + [100] * 10
+    padded = fitted("pad")
+    assert (padded[:10] == 0).all()
+    assert padded[15].tolist() == [0] * 10 + [255] * 10 + [100] * 10
+    assert (padded[20:] == 0).all()
+
+
+@pytest.mark.parametrize("rule", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
+def test_extreme_shapes_fit_without_growing_in_between(rule, size):
+    out = to_input(Image.new("RGB", size, "white"), spec((32, 32), 3, rule))
+    assert out.shape == (32, 32, 3)
+    assert out.dtype == np.uint8
+    assert out.max() == 255
+
+
+def test_the_pixel_limit_is_checked_before_decoding(cat):
+    whole = encode(cat)
+    half = whole[: len(whole) // 2]  # could not be decoded: only the header is looked at
+    with pytest.raises(ImageTooLargeError, match=r"451x300 \(0.1 MP\); the limit is 0.1 MP"):
+        decode_image(half, 3, max_pixels=100_000)
+    with pytest.raises(ImageError, match="damaged"):
+        decode_image(half, 3)
+    assert decode_image(whole, 3, max_pixels=451 * 300).size == (451, 300)
+
+
+def test_a_decompression_bomb_is_too_large():
+    bomb = bytearray(encode(Image.new("1", (8, 8))))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # IHDR says 3.6 gigapixels
+    with pytest.raises((ImageTooLargeError, ImageError)):
+        decode_image(bytes(bomb), 3)
+    header = Image.new("1", (60_000, 60_000))
+    with pytest.raises(ImageTooLargeError):
+        decode_image(encode(header), 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>" * 50])
+def test_what_is_no_image_is_said_to_be_none(data):
+    with pytest.raises(ImageError, match="expected one of JPEG, PNG"):
+        decode_image(data, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_files_raise_our_error_and_no_other(cat, kind):
+    whole = encode(cat.resize((60, 40)), kind)
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole[: random.integers(1, len(whole) + 1)])
+        for _ in range(random.integers(0, 20)):
+            damaged[random.integers(len(damaged))] = random.integers(256)
+        try:
+            read_input(bytes(damaged), spec())
+        except ImageError:
+            refused += 1
+    assert refused > 30
+
+
+def test_bytes_and_path_give_the_same_pixels(photographs):
+    path = photographs["rocket.jpg"]
+    assert np.array_equal(read_input(path, spec()), read_input(path.read_bytes(), spec()))
+    with pytest.raises(FileNotFoundError):
+        read_input(path.with_name("no-such.png"), spec())

@@ -1,0 +1,209 @@
+"""Data sets: real images through the server's own functions, splits that hold, and clear refusals."""
+
+import shutil
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.contract import InterflowError
+from model.images import read_input
+from training import data as data_module
+from training.data import NAMED_SETS, FolderImages, load_data
+from training.recipe import Recipe, resolve_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photographs):
+    """Tiles of real photographs as a folder set: three classes, train and test."""
+    root = tmp_path_factory.mktemp("photos")
+    for label, name in (("astronaut", "astronaut.png"), ("cat", "chelsea.png"), ("coffee", "coffee.png")):
+        with Image.open(photographs[name]) as opened:
+            photo = opened.convert("RGB")
+        for i in range(14):
+            part = root / ("train" if i < 10 else "test") / label
+            part.mkdir(parents=True, exist_ok=True)
+            photo.crop((20 * i, 10 * i, 20 * i + 90, 10 * i + 60)).save(
+                part / f"{i:02}.{('png', 'jpg', 'webp')[i % 3]}"
+            )
+    return root
+
+
+def recipe(root, **settings):
+    return Recipe(**{"data": str(root), "image_size": 24, "workers": 0} | settings)
+
+
+def test_digits_are_the_1797_scans_in_fixed_splits():
+    one, other = (load_data(resolve_recipe("digits", {"seed": seed})) for seed in (0, 1))
+    assert len(one.train) + len(one.val) + len(one.test) == 1797
+    assert len(one.test) == pytest.approx(0.2 * 1797, abs=10)
+    assert torch.equal(one.test.images, other.test.images)
+    assert torch.equal(one.train.labels, other.train.labels)
+    assert one.classes == tuple("0123456789")
+    assert one.train.images.shape[1:] == (32, 32, 1)
+    keys = [{bytes(image.numpy()) for image in split.images} for split in (one.train, one.val, one.test)]
+    assert not keys[0] & keys[2]
+    assert not keys[1] & keys[2]
+
+
+def test_held_out_parts_are_stratified(folder):
+    loaded = load_data(recipe(folder, val_fraction=0.3))
+    assert loaded.val.labels.bincount().tolist() == [3, 3, 3]
+    assert loaded.train.labels.bincount().tolist() == [7, 7, 7]
+    assert loaded.test.labels.bincount().tolist() == [4, 4, 4]
+    everything = load_data(recipe(folder, val_fraction=0))
+    assert everything.val is None
+    assert len(everything.train) == 30
+
+
+def test_images_are_those_the_server_would_see(folder):
+    loaded = load_data(recipe(folder, val_fraction=0, resize="pad"))
+    paths = sorted((folder / "train").rglob("*.*"))
+    expected = np.stack([read_input(path, loaded.spec) for path in paths])
+    assert np.array_equal(loaded.train.images.numpy(), expected)
+    pixels = expected.reshape(-1, 3) / 255
+    np.testing.assert_allclose(loaded.spec.mean, pixels.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(loaded.spec.std, pixels.std(axis=0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_too_large_for_memory_gives_the_same_batches(folder, monkeypatch, workers):
+    small = load_data(recipe(folder))
+    monkeypatch.setattr(data_module, "IN_MEMORY_BYTES", 0)
+    large = load_data(recipe(folder, workers=workers))
+    assert isinstance(large.train.images, FolderImages)
+    assert large.spec == small.spec
+    order = [torch.tensor([5, 0, 3]), torch.tensor([8])]
+    state = torch.get_rng_state()
+    batches = list(large.train.batches(order, workers))
+    assert torch.equal(torch.get_rng_state(), state)  # or a resumed run would differ
+    for (images, labels), (expected, expected_labels) in zip(batches, small.train.batches(order, 0), strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_a_folder_without_splits_has_test_held_out(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "flat")
+    loaded = load_data(recipe(tmp_path / "flat"))
+    assert loaded.test.labels.bincount().tolist() == [2, 2, 2]
+    assert loaded.val.labels.bincount().tolist() == [1, 1, 1]
+    assert loaded.name == "flat"
+
+
+def test_a_named_set_is_read_from_its_folder_grey_as_it_is(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "mnist")
+    loaded = load_data(Recipe(data="mnist", data_dir=tmp_path, workers=0))
+    assert loaded.train.images.shape[1:] == (28, 28, 1)
+    assert loaded.classes == ("astronaut", "cat", "coffee")
+
+
+def test_numbered_folders_of_a_named_set_get_its_names(tmp_path, folder):
+    for part in ("train", "test"):
+        for digit in range(10):
+            shutil.copytree(folder / part / "cat", tmp_path / "fashion_mnist" / part / str(digit))
+    loaded = load_data(Recipe(data="fashion_mnist", data_dir=tmp_path, workers=0))
+    assert loaded.classes[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_a_set_that_cannot_be_downloaded_says_where_to_put_it(name, tmp_path, monkeypatch):
+    def no_network(*_args, **_options):
+        raise URLError("no network")
+
+    monkeypatch.setitem(NAMED_SETS, name, NAMED_SETS[name]._replace(download=no_network))
+    with pytest.raises(InterflowError, match=rf"{name}.*no network.*Unpack it as .*{name}"):
+        load_data(Recipe(data=name, data_dir=tmp_path))
+
+
+def test_a_downloaded_set_is_taken_as_torchvision_has_it(monkeypatch, tmp_path):
+    class Downloaded:
+        classes = ("a", "b")
+
+        def __init__(self, root, split, download):
+            assert (root, download) == (tmp_path, True)
+            count = {"train": 40, "test": 20}[split]
+            self.data = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)
+            self.labels = np.arange(count) % 10
+
+    monkeypatch.setitem(NAMED_SETS, "svhn", NAMED_SETS["svhn"]._replace(download=Downloaded))
+    loaded = load_data(Recipe(data="svhn", data_dir=tmp_path, val_fraction=0))
+    assert np.array_equal(loaded.train.images.numpy(), Downloaded(tmp_path, "train", True).data.transpose(0, 2, 3, 1))
+
+
+def test_a_damaged_image_is_named_or_skipped_and_counted(folder, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    damaged = root / "train" / "cat" / "05.webp"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (root / "test" / "coffee" / "zz.png").write_text("no image")
+    with pytest.raises(InterflowError, match=r"05\.webp.*1 of 30 images.*--skip-bad-images"):
+        load_data(recipe(root))
+    loaded = load_data(recipe(root, skip_bad_images=True, val_fraction=0))
+    assert loaded.skipped == 2
+    assert loaded.train.labels.bincount().tolist() == [10, 9, 10]
+    assert loaded.test.labels.bincount().tolist() == [4, 4, 4]
+
+
+def _one_class(root):
+    shutil.rmtree(root / "train" / "cat")
+    shutil.rmtree(root / "train" / "coffee")
+
+
+def _no_class(root):
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+
+
+def _empty_class(root):
+    for path in (root / "train" / "cat").iterdir():
+        path.unlink()
+
+
+def _other_classes(root):
+    (root / "test" / "cat").rename(root / "test" / "dog")
+
+
+def _a_single_image(root):
+    for path in sorted((root / "train" / "cat").iterdir())[1:]:
+        path.unlink()
+
+
+def _one_colour(root):
+    for path in root.rglob("*.*"):
+        Image.new("RGB", (30, 30), "grey").save(path.with_suffix(".png"))
+        if path.suffix != ".png":
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (shutil.rmtree, "no such folder.*cifar10"),
+        (_one_class, "the one class astronaut.*two or more"),
+        (_no_class, "no class folders"),
+        (_empty_class, "cat: no images"),
+        (_other_classes, "only one of them has cat, dog"),
+        (_a_single_image, "class cat has 1 readable images"),
+        (_one_colour, "one colour"),
+    ],
+)
+def test_a_folder_one_cannot_train_on_says_why(folder, tmp_path, harm, message):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    harm(root)
+    with pytest.raises(InterflowError, match=message):
+        load_data(recipe(root))
+
+
+def test_the_fingerprint_sees_a_changed_pixel(folder, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    before = load_data(recipe(root)).fingerprint
+    assert load_data(recipe(root, seed=5)).fingerprint == before
+    path = root / "train" / "cat" / "00.png"
+    with Image.open(path) as image:
+        image.putpixel((45, 30), (1, 2, 3))
+        image.save(path)
+    assert load_data(recipe(root)).fingerprint != before
