@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from model.explain import contributions, readings, shares, softmax
 
@@ -98,6 +97,9 @@ def branch_ece(predictions: Predictions, reading_scales: np.ndarray) -> list[flo
 
 
 def _ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    # takes seconds to import, and only the end of a run needs it
+    from torchmetrics.functional.classification import multiclass_calibration_error  # noqa: PLC0415
+
     error = multiclass_calibration_error(
         torch.from_numpy(probabilities), torch.from_numpy(labels), probabilities.shape[1], n_bins=ECE_BINS
     )

@@ -5,7 +5,7 @@ Every image comes through `model/images.py`, as it does in the server.
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets as torchvision_sets
 from tqdm import tqdm
 
 from model.contract import InputSpec, InterflowError
@@ -35,24 +33,28 @@ SPLIT_SEED = 0
 
 
 class NamedSet(NamedTuple):
-    """A public data set: how torchvision has it, its own size, and names where its folders are only numbered."""
+    """A public data set: its class in torchvision, its own size, and names where its folders are only numbered."""
 
-    download: Callable[..., Any]
+    torchvision: str
     size: int
     channels: int
     classes: tuple[str, ...] | None = None
 
 
 _DIGIT_NAMES = tuple("0123456789")
+_CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_KMNIST_NAMES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+_FASHION_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 NAMED_SETS = {
-    "cifar10": NamedSet(torchvision_sets.CIFAR10, 32, 3, (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
-    "cifar100": NamedSet(torchvision_sets.CIFAR100, 32, 3),
-    "svhn": NamedSet(torchvision_sets.SVHN, 32, 3, _DIGIT_NAMES),
-    "mnist": NamedSet(torchvision_sets.MNIST, 28, 1, _DIGIT_NAMES),
-    "kmnist": NamedSet(torchvision_sets.KMNIST, 28, 1, tuple(torchvision_sets.KMNIST.classes)),
-    "fashion_mnist": NamedSet(torchvision_sets.FashionMNIST, 28, 1, tuple(torchvision_sets.FashionMNIST.classes)),
-}  # fmt: skip
+    "cifar10": NamedSet("CIFAR10", 32, 3, _CIFAR10_NAMES),
+    "cifar100": NamedSet("CIFAR100", 32, 3),
+    "svhn": NamedSet("SVHN", 32, 3, _DIGIT_NAMES),
+    "mnist": NamedSet("MNIST", 28, 1, _DIGIT_NAMES),
+    "kmnist": NamedSet("KMNIST", 28, 1, _KMNIST_NAMES),
+    "fashion_mnist": NamedSet("FashionMNIST", 28, 1, _FASHION_NAMES),
+}
 
 
 class FolderImages(Dataset[Tensor]):
@@ -287,6 +289,8 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
 
 def _digits(spec: InputSpec) -> tuple[Split, Split]:
     """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels of 17 greys, a fixed fifth of them for test."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes seconds, and only the digits need it
+
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     whole = _from_arrays(pixels, digits.target, spec)
@@ -296,11 +300,13 @@ def _digits(spec: InputSpec) -> tuple[Split, Split]:
 
 def _download(name: str, named: NamedSet, data_dir: Path, spec: InputSpec) -> tuple[tuple[str, ...], Split, Split]:
     """A named set through torchvision, which keeps its own copy below `data_dir`."""
+    from torchvision import datasets  # noqa: PLC0415 - takes seconds, and only a download needs it
+
     splits = []
     for part in (TRAIN, TEST):
         which = {"split": part} if name == "svhn" else {"train": part == TRAIN}
         try:
-            part_set = named.download(data_dir, download=True, **which)
+            part_set = getattr(datasets, named.torchvision)(data_dir, download=True, **which)
         except (OSError, RuntimeError) as error:
             raise InterflowError(
                 f"{name} is not in {data_dir / name}, and downloading it failed ({error}). Unpack it as "

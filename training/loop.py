@@ -117,8 +117,7 @@ class _Training:
             self._resume()
 
     def run_all(self) -> None:
-        writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1)
-        with _stop_signals() as stop:
+        with _stop_signals() as stop, SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1) as writer:
             while self.epoch < self.recipe.epochs:
                 started = time.perf_counter()
                 trained = self._train_epoch(stop)
@@ -132,7 +131,6 @@ class _Training:
                 writer.flush()
                 self._save()
                 print(self._describe(row))
-        writer.close()
 
     def _train_epoch(self, stop: list[int]) -> int:
         """Train the epoch from `self.step` on; returns the images trained."""

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -83,7 +84,7 @@ class Run:
         if not self.metrics.is_file():
             return []
         with self.metrics.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
     def save_history(self, rows: list[Row]) -> None:
         """Write all epochs; called after each, so that the file is whole at any moment."""

@@ -6,6 +6,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from model.contract import InterflowError
@@ -112,7 +113,7 @@ def test_a_set_that_cannot_be_downloaded_says_where_to_put_it(name, tmp_path, mo
     def no_network(*_args, **_options):
         raise URLError("no network")
 
-    monkeypatch.setitem(NAMED_SETS, name, NAMED_SETS[name]._replace(download=no_network))
+    monkeypatch.setattr(torchvision.datasets, NAMED_SETS[name].torchvision, no_network)
     with pytest.raises(InterflowError, match=rf"{name}.*no network.*Unpack it as .*{name}"):
         load_data(Recipe(data=name, data_dir=tmp_path))
 
@@ -127,7 +128,7 @@ def test_a_downloaded_set_is_taken_as_torchvision_has_it(monkeypatch, tmp_path):
             self.data = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), np.uint8)
             self.labels = np.arange(count) % 10
 
-    monkeypatch.setitem(NAMED_SETS, "svhn", NAMED_SETS["svhn"]._replace(download=Downloaded))
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Downloaded)
     loaded = load_data(Recipe(data="svhn", data_dir=tmp_path, val_fraction=0))
     assert np.array_equal(loaded.train.images.numpy(), Downloaded(tmp_path, "train", True).data.transpose(0, 2, 3, 1))
 
@@ -144,6 +145,13 @@ def test_a_damaged_image_is_named_or_skipped_and_counted(folder, tmp_path):
     assert loaded.skipped == 2
     assert loaded.train.labels.bincount().tolist() == [10, 9, 10]
     assert loaded.test.labels.bincount().tolist() == [4, 4, 4]
+
+
+def test_names_and_sizes_are_torchvisions():
+    for named in NAMED_SETS.values():
+        theirs = getattr(torchvision.datasets, named.torchvision)
+        if named.classes and isinstance(getattr(theirs, "classes", None), list):
+            assert [name.split(" - ")[0] for name in theirs.classes] == list(named.classes)  # mnist's are "0 - zero"
 
 
 def _one_class(root):

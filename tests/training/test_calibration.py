@@ -1,0 +1,181 @@
+"""Fits recover what they should, and what users see does not depend on how a network happens to be written down."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from model.explain import contributions, readings, shares, softmax
+from model.registry import create_model
+from training.calibration import (
+    Predictions,
+    branch_accuracy,
+    branch_ece,
+    fit_reading_scales,
+    fit_temperature,
+    fused_accuracy,
+    fused_ece,
+    importance,
+)
+from training.data import load_data
+from training.loop import predict
+from training.recipe import resolve_recipe
+
+
+def sampled(scale, count=20_000, classes=5, seed=0):
+    """Logits of one branch whose labels are drawn from softmax(scale * logits)."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(count, classes))
+    chances = softmax(scale * logits)
+    labels = (chances.cumsum(axis=1) > random.random((count, 1))).argmax(axis=1)
+    return logits, labels
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.3, -1.5])
+@pytest.mark.parametrize("unit", [1.0, 1e-4, -300.0])
+def test_the_scale_that_made_the_labels_is_found_whatever_the_units(scale, unit):
+    logits, labels = sampled(scale)
+    weight = np.full((1, 5), 0.7 / unit)
+    found = fit_reading_scales(Predictions(logits[:, None] * unit, weight, labels), per_class=False)
+    np.testing.assert_allclose(found * unit, scale, rtol=0.05)
+
+
+def test_one_scale_a_class_is_found_where_classes_differ():
+    scales = np.array([2.0, -1.0, 0.5, 1.0, 3.0])
+    logits, labels = sampled(scales)
+    found = fit_reading_scales(Predictions(logits[:, None], np.ones((1, 5)), labels), per_class=True)
+    np.testing.assert_allclose(found[0], scales, rtol=0.1)
+
+
+def test_a_branch_that_is_never_wrong_gets_a_finite_scale():
+    labels = np.arange(100) % 4
+    logits = np.eye(4)[labels]
+    predictions = Predictions(logits[:, None], np.ones((1, 4)), labels)
+    scale = fit_reading_scales(predictions, per_class=False)
+    # Platt's targets: 100 right in 100 makes the next right with 101 in 102
+    assert softmax(scale * logits).max(axis=1) == pytest.approx(101 / 102, rel=1e-4)
+    assert softmax(logits / fit_temperature(predictions)).max(axis=1) == pytest.approx(101 / 102, rel=1e-4)
+
+
+def test_a_branch_that_never_varies_keeps_its_weight():
+    predictions = Predictions(np.ones((10, 1, 3)), np.full((1, 3), 0.4), np.arange(10) % 3)
+    assert fit_reading_scales(predictions, per_class=False).tolist() == [[0.4] * 3]
+
+
+def test_temperature_calibrates_and_never_changes_the_ranking():
+    logits, labels = sampled(0.5)
+    predictions = Predictions(logits[:, None] * 4, np.ones((1, 5)), labels)  # eight times too sure
+    temperature = fit_temperature(predictions)
+    assert temperature == pytest.approx(8, rel=0.05)
+    assert fused_ece(predictions, temperature) < 0.01
+    assert fused_ece(predictions, 1.0) > 0.3
+    upside_down = Predictions(-predictions.branch_logits, predictions.branch_weights, labels)
+    assert fit_temperature(upside_down) == 1.0
+
+
+def test_accuracies_by_hand():
+    labels = np.array([0, 1, 1])
+    branch_logits = np.array([[[1.0, 0], [0, 1]], [[0, 1], [1, 0]], [[0, 1], [0, 1]]])
+    predictions = Predictions(branch_logits, np.array([[2.0, 2], [-1, -1]]), labels)
+    assert fused_accuracy(predictions) == 1
+    assert branch_accuracy(predictions, np.array([[1.0, 1], [-1, -1]])) == [1, pytest.approx(2 / 3)]
+    np.testing.assert_allclose(importance(predictions), [2 / 3, 1 / 3])
+    assert branch_ece(predictions, np.zeros((2, 2))) == pytest.approx([1 / 6, 1 / 6], abs=1e-6)
+
+
+# What a user sees must not depend on the choice among equal networks (papers: "what the weights mean").
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data(resolve_recipe("digits", {}))
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """Narrow networks after some steps on real digits: features and heads that mean something."""
+    made = {}
+
+    def network(method, shared_heads=True):
+        key = method, shared_heads
+        if key not in made:
+            made[key] = _train(method, shared_heads, digits)
+        return copy.deepcopy(made[key])
+
+    return network
+
+
+def _train(method, shared_heads, digits):
+    torch.manual_seed(0)
+    network = create_model("vgg16", method=method, width=0.1, in_channels=1, shared_heads=shared_heads)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    images = (digits.train.images.float() / 255 - 0.3).permute(0, 3, 1, 2)
+    for step in range(120):
+        batch = (torch.arange(64) + 64 * step) % len(images)
+        optimizer.zero_grad()
+        functional.cross_entropy(network(images[batch]).logits, digits.train.labels[batch]).backward()
+        optimizer.step()
+    return network
+
+
+def seen(network, digits):
+    """Everything an answer shows of the test digits, fitted on the held-out ones."""
+    held_out, test = (predict(network, digits, split, 0) for split in (digits.val, digits.test))
+    scales = fit_reading_scales(held_out, per_class=network.method.attention == "class")
+    answers = test.logits.argmax(axis=1)
+    return {
+        "answers": answers,
+        "confidence": softmax(test.logits / fit_temperature(held_out)),
+        "readings": readings(test.branch_logits, scales),
+        "shares": shares(contributions(test.branch_logits, test.branch_weights), answers),
+        "importance": importance(held_out),
+    }
+
+
+def assert_the_same(before, after):
+    assert np.array_equal(before.pop("answers"), after.pop("answers"))
+    for name, values in before.items():
+        np.testing.assert_allclose(after[name], values, atol=2e-3, err_msg=name)
+
+
+@torch.no_grad()
+def rescale_head(network, name, factor):
+    """Multiply a head by `factor` (a number, or one a class), and divide the weights of all its branches."""
+    head = network.heads[name]
+    factor = torch.as_tensor(factor).expand(10)
+    head.weight.mul_(factor[:, None, None, None])
+    head.bias.mul_(factor)
+    for branch, its_head in enumerate(network.head_names):
+        if its_head == name:
+            network.attention.weight[branch] /= factor[: network.attention.weight.shape[1]]
+
+
+@pytest.mark.parametrize("factor", [-1.0, 5.0, -0.2])
+@pytest.mark.parametrize("shared_heads", [True, False])
+@pytest.mark.parametrize("method", ["S1", "S3"])
+def test_flipping_or_rescaling_a_head_and_its_weights_changes_nothing(method, shared_heads, factor, digits, trained):
+    network = trained(method, shared_heads)
+    before = seen(network, digits)
+    assert before["readings"].max() > 0.5  # it believes something
+    rescale_head(network, network.head_names[-1], factor)
+    assert_the_same(before, seen(network, digits))
+
+
+def test_with_a_weight_a_class_each_class_may_flip_by_itself(digits, trained):
+    network = trained("S3")
+    before = seen(network, digits)
+    rescale_head(network, network.head_names[-1], torch.tensor([1.0, -1, 2, -0.5, 1, 1, -3, 1, 1, -1]))
+    assert_the_same(before, seen(network, digits))
+
+
+@pytest.mark.parametrize("method", ["normal", "S0", "S1"])
+def test_adding_one_vector_to_all_class_rows_of_a_head_changes_nothing(method, digits, trained):
+    network = trained(method)
+    before = seen(network, digits)
+    head = network.heads[network.head_names[-1]]
+    with torch.no_grad():
+        head.weight += torch.randn(1, head.weight.shape[1], 1, 1)
+        head.bias += 0.7
+    assert_the_same(before, seen(network, digits))

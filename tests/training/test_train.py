@@ -1,0 +1,239 @@
+"""Runs as users start them: whole, stopped, killed and resumed, and refused."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.contract import InterflowError, ModelCard
+from training.recipe import load_recipe
+from training.train import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--epochs", "2", "--width", "0.06", "--taps", "4", "13", "--device", "cpu"]
+
+
+def start(*arguments, **options):
+    """`python training/train.py` as a process of its own."""
+    command = [sys.executable, str(ROOT / "training" / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finished(*arguments):
+    """Run to the end: (status, stdout, stderr)."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert main([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_the_same_end(folder, unbroken):
+    """Checkpoints of the same bytes, and the same history but for the speed."""
+    assert (folder / "checkpoint.safetensors").read_bytes() == (unbroken / "checkpoint.safetensors").read_bytes()
+    histories = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(f)] for f in (folder, unbroken)
+    ]
+    assert histories[0] == histories[1]
+    assert (folder / "card.json").is_file()
+
+
+def test_a_run_leaves_everything_it_promises(unbroken):
+    card = ModelCard.from_json((unbroken / "card.json").read_bytes(), "card")
+    assert [stage.name for stage in card.stages] == ["conv4", "conv13"]
+    assert card.metrics.images == 359
+    assert "held out of train" in card.fitted_on
+    assert load_recipe(unbroken / "recipe.yaml").width == 0.06
+    for name in ("accuracy.png", "weights.png"):
+        assert (unbroken / name).read_bytes().startswith(b"\x89PNG")
+    assert any((unbroken / "tensorboard").iterdir())
+    samples = np.load(unbroken / "samples.npy")
+    assert (samples.shape, samples.dtype) == ((20, 32, 32, 1), np.uint8)
+
+
+def test_the_history_has_accuracies_and_every_learned_weight(unbroken):
+    history = rows(unbroken)
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    columns = set(history[0])
+    assert {"val_accuracy", "val_accuracy/conv4", "val_accuracy/conv13", "train_accuracy/conv4", "lr"} <= columns
+    weights = [float(history[-1][f"weight/{stage}/{digit}"]) for stage in ("conv4", "conv13") for digit in range(10)]
+    saved = load_file(unbroken / "checkpoint.safetensors")["network.attention.weight"]
+    np.testing.assert_allclose(weights, saved.flatten(), rtol=1e-6)
+
+
+def test_another_seed_is_another_network(unbroken, tmp_path):
+    assert main([*SMALL, "--epochs", "1", "--seed", "1", "--out", str(tmp_path / "run")]) == 0
+    one, other = (load_file(folder / "checkpoint.safetensors") for folder in (unbroken, tmp_path / "run"))
+    assert not torch.equal(one["network.attention.weight"], other["network.attention.weight"])
+
+
+def test_killed_in_an_epoch_and_resumed_it_ends_as_if_unbroken(unbroken, tmp_path):
+    folder = tmp_path / "killed"
+    process = start(*SMALL, "--out", folder)
+    while not (folder / "metrics.csv").is_file():  # the first epoch is saved
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "card.json").exists()
+    status, out, err = finished("--resume", folder)
+    assert status == 0, err
+    assert "resuming" in out
+    assert_the_same_end(folder, unbroken)
+
+
+def test_ctrl_c_saves_the_step_and_prints_how_to_go_on(unbroken, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start(*SMALL, "--out", folder, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"python training/train.py --resume {folder}" in out
+    assert "Traceback" not in err
+    assert (folder / "checkpoint.safetensors").is_file()
+    status, out, err = finished("--resume", folder)
+    assert status == 0, err
+    assert_the_same_end(folder, unbroken)
+
+
+def test_stopped_in_the_middle_of_an_epoch_it_goes_on_from_that_step(unbroken, tmp_path, monkeypatch):
+    from training import loop
+
+    steps = 0
+    whole = loop._Training._train_step
+
+    def interrupted(self, *arguments):
+        nonlocal steps
+        whole(self, *arguments)
+        steps += 1
+        if steps == 30:  # an epoch has 21
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop._Training, "_train_step", interrupted)
+    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 130
+    assert len(rows(tmp_path / "run")) == 1
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert steps == 2 * 21
+    assert_the_same_end(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_is_left_alone(unbroken, capsys):
+    before = (unbroken / "card.json").read_bytes()
+    assert main(["--resume", str(unbroken)]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (unbroken / "card.json").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    from training import loop
+
+    good = loop.training_loss
+    calls = 0
+
+    def diverging(*arguments):
+        nonlocal calls
+        calls += 1
+        return good(*arguments) * (float("nan") if calls > 25 else 1)
+
+    monkeypatch.setattr(loop, "training_loss", diverging)
+    with pytest.raises(InterflowError, match=r"no longer a finite number in epoch 2.*lower --lr"):
+        main([*SMALL, "--out", str(folder)])
+    assert all(
+        t.isfinite().all() for t in load_file(folder / "checkpoint.safetensors").values() if t.is_floating_point()
+    )
+    assert len(rows(folder)) == 1
+
+
+def test_two_processes_cannot_train_one_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    process = start(*SMALL, "--epochs", "500", "--out", folder)
+    try:
+        while not (folder / "recipe.yaml").is_file():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        with pytest.raises(InterflowError, match="another process"):
+            main(["--resume", str(folder)])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken):
+    from training import train as train_module
+
+    folder = tmp_path / "run"
+    assert main([*SMALL, "--out", str(folder)]) == 0
+    (folder / "card.json").unlink()
+    original = train_module.load_data
+
+    def changed(recipe):
+        from dataclasses import replace
+
+        return replace(original(recipe), fingerprint="another")
+
+    monkeypatch.setattr(train_module, "load_data", changed)
+    with pytest.raises(InterflowError, match="not those the run began with"):
+        main(["--resume", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no/such/folder"], "no such folder"),
+        (["--depth", "9"], "the depth is 9|ending with the last one"),
+        (["--method", "S11"], "S11"),
+        (["--taps", "4", "7"], "ending with the last one"),
+        (["--recipe", "none.yaml"], "recipe none.yaml"),
+        (["--resume", "no/such/run"], "not a run's folder"),
+        (["--lr", "much"], "lr is 'much'"),
+    ],
+)
+def test_refusals_are_one_sentence_and_leave_no_run(arguments, message, tmp_path):
+    import re
+
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    status, _, err = finished(*arguments, *out)
+    assert status == 1
+    assert re.search(message, err)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_taken_is_not_overwritten(unbroken):
+    with pytest.raises(InterflowError, match="is there already; give --out another"):
+        main([*SMALL, "--out", str(unbroken)])
+
+
+@pytest.mark.parametrize("method", ["normal", "S0", "S1", "S9"])
+def test_other_methods_train_and_say_what_they_are(method, tmp_path):
+    settings = ["--recipe", "paper", "--data", "digits", "--image-size", "32", "--epochs", "1", "--width", "0.125"]
+    assert main([*settings, "--precision", "bfloat16", "--method", method, "--out", str(tmp_path / "run")]) == 0
+    card = ModelCard.from_json((tmp_path / "run" / "card.json").read_bytes(), "card")
+    assert card.method.name == method
+    assert "the 1438 training images themselves" in card.fitted_on
+    assert len(card.stages) == {"normal": 1, "S0": 4, "S1": 4, "S9": 7}[method]
