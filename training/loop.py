@@ -19,9 +19,10 @@ from model.interflow import Interflow, InterflowOutput, Normalize
 from training.augment import augment
 from training.calibration import Predictions, branch_accuracy, fused_accuracy
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from training.data import ImageData, Split
+from training.data import ImageData
 from training.recipe import Recipe
 from training.run import Row, Run
+from training.splits import Split
 
 EVALUATION_BATCH = 256
 SAVE_EVERY_S = 300

@@ -1,6 +1,7 @@
 """Everything that decides a run: a YAML recipe, then the command line over it."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,7 +37,7 @@ class Recipe(BaseModel):
     resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash an image of another shape")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
     skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")
-    workers: Annotated[int, Field(ge=0)] = _setting("data", 2, "processes that decode a folder's images")
+    workers: Annotated[int, Field(ge=0)] = _setting("data", os.cpu_count() or 1, "processes that decode a folder")
 
     backbone: str = _setting("network", "vgg16", "name of a registered backbone")
     method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")

@@ -66,6 +66,8 @@ class Run:
                 f"{folder}: not a run's folder (no {run.recipe.name}); give --resume one below {RUNS}/."
             )
         run.lock()
+        for leftover in folder.glob(".*-[0-9]*.*"):  # half-written, by a process that was killed
+            leftover.unlink()
         return run, load_recipe(run.recipe)
 
     def lock(self) -> None:
@@ -117,7 +119,7 @@ def choose_folder(out: Path | None, recipe: Recipe) -> Path:
         InterflowError: `out` is there already and not empty.
     """
     if out is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(recipe.data).name}-{recipe.method}-seed{recipe.seed}"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(recipe.data).resolve().name}-{recipe.method}-seed{recipe.seed}"
         names = (RUNS / (name if copy == 1 else f"{name}-{copy}") for copy in itertools.count(1))
         return next(folder for folder in names if not folder.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -133,7 +135,11 @@ def newest_finished(runs: Path = RUNS) -> Run:
     """
     finished = [Run(path.parent) for path in runs.glob("*/card.json")]
     if not finished:
-        raise InterflowError(f"no finished run below {runs}/; train one with `python training/train.py`.")
+        begun = sorted(path.parent for path in runs.glob("*/recipe.yaml"))
+        how = (
+            f"finish {begun[-1]} with `--resume {begun[-1]}`" if begun else "train one with `python training/train.py`"
+        )
+        raise InterflowError(f"no finished run below {runs}/; {how}.")
     return max(finished, key=lambda run: run.finished_card().provenance.created)
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from model.contract import InterflowError
 from model.images import read_input
-from training import data as data_module
-from training.data import NAMED_SETS, FolderImages, load_data
+from training import folders
+from training.data import NAMED_SETS, load_data
 from training.recipe import Recipe, resolve_recipe
+from training.splits import FolderImages
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_images_are_those_the_server_would_see(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_set_too_large_for_memory_gives_the_same_batches(folder, monkeypatch, workers):
     small = load_data(recipe(folder))
-    monkeypatch.setattr(data_module, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folders, "IN_MEMORY_BYTES", 0)
     large = load_data(recipe(folder, workers=workers))
     assert isinstance(large.train.images, FolderImages)
     assert large.spec == small.spec
@@ -188,7 +189,7 @@ def _one_colour(root):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (shutil.rmtree, "no such folder.*cifar10"),
+        (shutil.rmtree, "no such folder.*name of a set"),
         (_one_class, "the one class astronaut.*two or more"),
         (_no_class, "no class folders"),
         (_empty_class, "cat: no images"),

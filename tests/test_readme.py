@@ -1,0 +1,124 @@
+"""The README is a promise: its commands run as they stand, in a copy of the project, as a new user's would."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEST_COMMAND = "pip install uv && uv run --extra train pytest"
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    assert TEST_COMMAND in [line.strip() for block in BLOCKS for line in block.splitlines()]
+    assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_setting_is_in_the_readme_with_its_default():
+    from app.settings import Settings, variable
+
+    rows = dict(re.findall(r"^\| `(INTERFLOW_\w+)` \| (.*?) \|", README, re.MULTILINE))
+    expected = {}
+    for name, field in Settings.model_fields.items():
+        expected[variable(name)] = "" if field.default is None else f"`{field.default}`"
+    assert rows == expected
+
+
+def test_the_answer_shown_has_the_fields_that_are_served():
+    from app.schemas import Answer
+
+    (shown,) = re.findall(r"^```json\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    answer = Answer.model_validate_json(shown)
+    assert set(json.loads(shown)) == set(Answer.model_fields)
+    assert answer.prediction.label == "7"
+
+
+def test_links_and_pictures_lead_somewhere():
+    targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if not t.startswith("http")]
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A copy of the project as git has it, without environment, runs or other exports."""
+    copy = tmp_path_factory.mktemp("fresh") / "interflow"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_runs_as_it_stands(fresh):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    mine = str(Path(sys.executable).parent)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
+    }
+    environment["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != mine)
+    environment["INTERFLOW_PORT"] = port
+    servers, outputs = [], []
+    try:
+        for block in BLOCKS:
+            setup = ""
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("#") or not line.strip() or line == TEST_COMMAND or line.startswith("docker "):
+                    continue
+                command = setup + line.replace("localhost:8000", f"localhost:{port}")
+                if "activate" in line:
+                    setup = f"{line} >/dev/null; "
+                if "python -m app" in line and "--help" not in line:
+                    for server in servers:  # a restart
+                        server.terminate()
+                        server.wait(30)
+                    servers = [
+                        subprocess.Popen(
+                            ["bash", "-c", f"exec {command.split('&& ')[-1]}"]
+                            if not setup
+                            else ["bash", "-c", command],
+                            cwd=fresh,
+                            env=environment,
+                        )
+                    ]
+                    wait_until_ready(port, servers[0])
+                else:
+                    done = subprocess.run(
+                        ["bash", "-c", command], cwd=fresh, env=environment, capture_output=True, text=True, check=False
+                    )
+                    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+                    outputs.append(done.stdout)
+    finally:
+        for server in servers:
+            server.kill()
+    answers = [json.loads(text) for text in outputs if text.startswith('{"request_id"')]
+    assert [answer["prediction"]["label"] for answer in answers] == ["7"] * len(answers)
+    assert {answer["model"]["version"] for answer in answers} == {"1", "2"}  # bundled, then trained anew
+
+
+def wait_until_ready(port, server):
+    for _ in range(1200):
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server is not ready after ten minutes")

@@ -1,0 +1,100 @@
+"""Parts of a data set: images in memory, or as files that worker processes decode, and their labels."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from model.contract import InputSpec, InterflowError
+from model.images import read_input
+
+SPLIT_SEED = 0
+"""Of what is held out. Fixed, so that runs with other seeds compare."""
+
+
+class FolderImages(Dataset[Tensor]):
+    """Image files, decoded and resized when they are asked for, many at a time."""
+
+    def __init__(self, paths: Sequence[Path], spec: InputSpec) -> None:
+        self.paths = paths
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (n, height, width, channels)."""
+        return torch.from_numpy(np.stack([read_input(self.paths[i], self.spec) for i in indices]))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, as one uint8 tensor (M, height, width, channels) or as files, and their class indices (M,)."""
+
+    images: Tensor | FolderImages
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Sequence[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels for each tensor of indices in `order`; files are read ahead by `workers` processes."""
+        for images, indices in zip(fetch(self.images, order, workers), order, strict=True):
+            yield images, self.labels[indices]
+
+    def in_order(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order."""
+        return self.batches(torch.arange(len(self)).split(batch_size), workers)
+
+    def subset(self, indices: Tensor) -> "Split":
+        """These images only."""
+        if isinstance(self.images, Tensor):
+            return Split(self.images[indices], self.labels[indices])
+        paths = [self.images.paths[i] for i in indices.tolist()]
+        return Split(FolderImages(paths, self.images.spec), self.labels[indices])
+
+
+def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float) -> tuple[Tensor, Tensor]:
+    """Split indices in two, holding out `fraction` of each class and at least one image of it."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    kept, held = [], []
+    for label, name in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        if len(members) < (2 if fraction else 1):
+            raise InterflowError(
+                f"class {name} has {len(members)} readable images; holding some out takes at least 2 of every class."
+            )
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = max(1, round(fraction * len(members))) if fraction else 0
+        held.append(members[:cut])
+        kept.append(members[cut:])
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def fetch(source: Any, order: Sequence[Tensor], workers: int) -> Iterator[Any]:
+    """Items of a tensor, or of a data set through worker processes, for each tensor of indices."""
+    if isinstance(source, Tensor):
+        return (source[indices] for indices in order)
+    loader = DataLoader(
+        source,
+        batch_sampler=[indices.tolist() for indices in order],
+        num_workers=min(workers, len(order)),
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
+        generator=torch.Generator(),  # or it would draw from torch's own, and a resumed run would differ
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
