@@ -11,21 +11,29 @@ WORKDIR /srv
 # Dependencies only, so that this layer is built anew only when they change.
 COPY pyproject.toml ./
 RUN uv sync --no-cache --no-dev --no-install-project ${EXTRA:+--extra ${EXTRA}}
-
-FROM python:3.11-slim
-RUN useradd --system --uid 10001 --no-create-home interflow
-WORKDIR /srv
-COPY --from=build /srv/.venv ./.venv
 COPY exports ./exports
 COPY model/__init__.py model/contract.py model/explain.py model/images.py ./model/
 COPY app ./app
+# COPY keeps modes: a checkout under umask 077 would be unreadable for the server's user.
+RUN chmod -R a+rX exports model app
+
+FROM python:3.11-slim
+WORKDIR /srv
+COPY --from=build /srv/.venv ./.venv
+COPY --from=build /srv/exports ./exports
+COPY --from=build /srv/model ./model
+COPY --from=build /srv/app ./app
+# onnxruntime reports to Microsoft unless told not to.
 ENV PATH=/srv/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     INTERFLOW_HOST=0.0.0.0 \
     INTERFLOW_PORT=8000
-USER interflow
+# By number: Kubernetes' runAsNonRoot refuses names.
+USER 10001:10001
 EXPOSE 8000
+# http.client, because urllib would ask a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"INTERFLOW_PORT\"]}/readyz', timeout=2)"]
+    CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', os.environ['INTERFLOW_PORT'], timeout=2); c.request('GET', '/readyz'); exit(c.getresponse().status != 200)"]
 CMD ["python", "-m", "app"]

@@ -102,7 +102,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 async def _ours(request: Request, error: InterflowError) -> Response:
     status, code = next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), (500, "internal_error"))
-    if status >= 500:
+    if status == 500:
         logger.error("request %s: %s", request.state.request_id, error)
     return problem(request, status, code, str(error))
 

@@ -45,7 +45,11 @@ class Repository:
 
     def __init__(self, models: Iterable[LoadedModel] = (), default: str | None = None) -> None:
         self.models = sorted(models, key=lambda model: (model.card.name, int(model.card.version)))
-        self._default = default
+        newest = {model.card.name: model for model in self.models}  # a name's highest version comes last, and stays
+        if default is None:
+            self._default = max(newest.values(), key=lambda model: model.card.provenance.created, default=None)
+        else:
+            self._default = newest[default]
 
     @property
     def ready(self) -> bool:
@@ -59,12 +63,9 @@ class Repository:
         Raises:
             NotReadyError: nothing is loaded.
         """
-        if not self.ready:
+        if self._default is None:
             raise NotReadyError("no model is loaded yet; /readyz says when one is.")
-        if self._default is not None:
-            return self.get(self._default)
-        newest = max(self.models, key=lambda model: model.card.provenance.created.timestamp())
-        return self.get(newest.card.name)
+        return self._default
 
     def get(self, name: str | None = None, version: str | None = None) -> LoadedModel:
         """The newest loaded version, or the given one, of the named or the default model.
@@ -73,11 +74,12 @@ class Repository:
             NotReadyError: nothing is loaded.
             ModelNotFoundError: what was asked for is not loaded.
         """
-        wanted = self.default.card.name if name is None else name
+        default = self.default
+        wanted = default.card.name if name is None else name
         found = [model for model in self.models if model.card.name == wanted and version in (None, model.card.version)]
         if not found:
             asked = f"model {wanted!r}" + (f", version {version!r}," if version is not None else "")
-            loaded = ", ".join(f"{model.card.name} ({model.card.version})" for model in self.models) or "none"
+            loaded = ", ".join(f"{model.card.name} ({model.card.version})" for model in self.models)
             raise ModelNotFoundError(f"{asked} is not loaded; loaded are, with their versions: {loaded}.")
         return found[-1]
 

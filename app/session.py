@@ -98,13 +98,13 @@ AGAIN = "Export the model again."
 
 
 def _read_card(folder: Path) -> ModelCard:
-    for name in (CARD_FILE, MODEL_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: {name} is missing; a version holds {MODEL_FILE} and {CARD_FILE}. {AGAIN}")
     try:
+        for name in (CARD_FILE, MODEL_FILE):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder}: {name} is missing; a version holds {MODEL_FILE} and {CARD_FILE}. {AGAIN}")
         text = (folder / CARD_FILE).read_bytes()
     except OSError as error:
-        raise ModelError(f"{folder / CARD_FILE}: cannot be read ({error.strerror}).") from error
+        raise ModelError(f"{folder}: cannot be read ({error.strerror}).") from error
     card = ModelCard.from_json(text, folder / CARD_FILE)
     if (card.name, card.version) != (folder.parent.name, folder.name):
         raise ModelError(

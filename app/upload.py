@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.errors import EmptyImageError, FieldError, MediaTypeError, MultipartError, TooManyBytesError
@@ -85,12 +85,27 @@ def _too_many(max_bytes: int) -> TooManyBytesError:
 
 
 class _MemoryParser(MultiPartParser):
-    spool_max_size = 0  # keeps files in memory: images are never stored, and the disk may be read-only
+    """Keeps files in memory (images are never stored, the disk may be read-only), and asks for the closing boundary."""
+
+    spool_max_size = 0
+    complete = False
+
+    def __init__(self, headers: Headers, chunks: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers, self._whole(chunks), max_files=MAX_PARTS, max_fields=MAX_PARTS)
+
+    def on_end(self) -> None:
+        self.complete = True
+
+    async def _whole(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in chunks:
+            yield chunk
+        if not self.complete:  # raised in here, so that the parser closes the files that it opened
+            raise MultiPartException("it ends before its closing boundary.")
 
 
 async def _read_form(request: Request, max_bytes: int) -> bytes:
     async with aclosing(_limited(request, max_bytes + FRAMING_BYTES, max_bytes)) as chunks:
-        parser = _MemoryParser(request.headers, chunks, max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        parser = _MemoryParser(request.headers, chunks)
         try:
             form = await parser.parse()
         except MultiPartException as error:

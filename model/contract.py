@@ -1,11 +1,10 @@
 """What crosses from training to serving: tensor names of the ONNX graph, and the model card. No torch here."""
 
 import math
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "interflow"
@@ -123,7 +122,7 @@ class Metrics(_Part):
 class Provenance(_Part):
     """Where the weights come from."""
 
-    created: datetime
+    created: AwareDatetime
     run: str
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the network's tensors in safetensors form."""

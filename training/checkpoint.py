@@ -34,6 +34,9 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
         optimizer: over the network's parameters in their order.
         totals: what the epoch has summed up so far.
         progress: goes into the one metadata entry, as sorted JSON.
+
+    Raises:
+        InterflowError: it cannot be written.
     """
     tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -45,8 +48,13 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
         tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
     tensors[_TOTALS] = totals
     metadata = {METADATA_KEY: json.dumps(asdict(progress), sort_keys=True)}
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise InterflowError(
+            f"{path}: the state could not be saved ({error}). The one before is kept; free the disk, then --resume."
+        ) from error
 
 
 def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Progress, Tensor]:

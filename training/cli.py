@@ -16,7 +16,8 @@ def run(main: Callable[[], int | None]) -> None:
     except InterflowError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"error: {error}. Nothing is half-written; free the disk or fix the path and run it again.")
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{error.strerror or error}. Nothing is half-written; mend that and run it again.")
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)

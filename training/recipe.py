@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.contract import InterflowError
 
@@ -16,6 +16,11 @@ Size = Annotated[int, Field(ge=1, le=4096)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _number(value: Any) -> Any:
+    """A command line's text as the number that a Literal is compared with."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _setting(group: str, default: Any, text: str) -> Any:
@@ -33,7 +38,9 @@ class Recipe(BaseModel):
     data: str = _setting("data", "digits", "digits, cifar10, cifar100, svhn, mnist, kmnist, fashion_mnist, or a folder")
     data_dir: Path = _setting("data", Path("data"), "where named sets lie, or are downloaded to")
     image_size: Size | None = _setting("data", None, "pixels a side; the set's own, or 64 for a folder")
-    channels: Literal[1, 3] | None = _setting("data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder")
+    channels: Annotated[Literal[1, 3] | None, BeforeValidator(_number)] = _setting(
+        "data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder"
+    )
     resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash an image of another shape")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
     skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")

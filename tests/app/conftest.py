@@ -121,7 +121,8 @@ Serve = Callable[[FastAPI], AbstractContextManager[httpx2.Client]]
 @contextmanager
 def _serve(app: FastAPI) -> Iterator[httpx2.Client]:
     """A uvicorn server in a thread, and a client that speaks real HTTP to it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -72,6 +72,11 @@ def test_other_files(colours, content):
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_image")
 
 
+def test_a_tiff_of_a_kind_that_pillow_cannot_read(colours, photos):
+    answer = colours.post("/predict", files={"image": (photos / "multipage_rgb.tif").read_bytes()})
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_image")
+
+
 def test_a_png_that_lies_about_its_size(colours):
     """A header of 30,000 x 30,000 before a few bytes: refused by the header, without the 2.7 GB."""
     content = sample("PNG")
@@ -90,17 +95,23 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nConnect
         HEAD + b"X-Many: x\r\n" * 20_000 + b"\r\n",
         HEAD + b"Content-Length: -1\r\n\r\n",
         HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\nab",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nnonsense\r\n",
-        b"POST /predict?" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /predict?model=\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / SPDY/9\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS greeting
     ],
 )
 def test_what_is_no_http_is_a_400(colours, raw_answer, request_bytes):
     assert raw_answer(colours, request_bytes).startswith(b"HTTP/1.1 400 ")
     assert colours.get("/healthz").status_code == 200
+
+
+def test_an_endless_query(colours):
+    answer = colours.post(f"/predict?{'x' * 50_000}=1", content=sample("PNG"))
+    assert (answer.status_code, answer.json()["code"]) == (422, "unknown_parameter")
+    assert len(answer.content) < 500
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -43,23 +42,36 @@ def test_the_event_loop_runs_on_and_answers_are_not_mixed():
     assert [answer.outputs.logits[0, 0] for answer in answers] == [0, 1, 2, 3, 4]
 
 
-def test_waiting_counts_as_queue_and_running_as_inference():
-    class SleepingNetwork(GatedNetwork):
-        def run(self, images):
-            time.sleep(0.05)
-            return super().run(images)
+def test_waiting_counts_as_queue_and_running_as_inference(monkeypatch):
+    """On a clock of our own: two ask at 0 s, the gate opens at 5 s, and every run takes 2 s from there."""
+    clock = 0.0
+    entered = threading.Event()
 
-    network = SleepingNetwork()
-    network.gate.set()
+    class TimedNetwork(GatedNetwork):
+        def run(self, images):
+            nonlocal clock
+            entered.set()
+            outputs = super().run(images)
+            clock += 2
+            return outputs
+
+    monkeypatch.setattr("app.inference.time.perf_counter", lambda: clock)
+    network = TimedNetwork()
     inference = DirectInference(network)
 
     async def scenario():
-        return await asyncio.gather(inference.infer(IMAGES), inference.infer(IMAGES))
+        nonlocal clock
+        tasks = [asyncio.create_task(inference.infer(IMAGES)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert entered.wait(30)
+        clock = 5
+        network.gate.set()
+        return await asyncio.gather(*tasks)
 
-    _, second = asyncio.run(scenario())
+    first, second = asyncio.run(scenario())
     inference.close()
-    assert second.queue_ms >= 50
-    assert second.inference_ms >= 50
+    assert (first.queue_ms, first.inference_ms) == (0, 7000)
+    assert (second.queue_ms, second.inference_ms) == (7000, 2000)
 
 
 def test_who_is_cancelled_while_waiting_is_never_run():

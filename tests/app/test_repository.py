@@ -44,7 +44,7 @@ def test_only_version_folders_count(artefact):
 
 
 def test_the_default_is_the_model_exported_last_or_the_one_that_is_set(artefact, rewrite_card):
-    copy_as(artefact, rewrite_card, "newer", "1", created="2999-01-01T00:00:00")  # no zone: read as local time
+    copy_as(artefact, rewrite_card, "newer", "1", created="2999-01-01T00:00:00Z")
     copy_as(artefact, rewrite_card, "older", "3", created="2001-01-01T00:00:00Z")
     exports = artefact.parents[1]
     repository = load_repository(Settings(exports=exports))

@@ -105,7 +105,9 @@ def test_a_declared_length_is_refused_before_a_byte_is_read(colours, raw_answer,
     assert b'"too_many_bytes"' in answer
 
 
-@pytest.mark.parametrize(("size", "status"), [((1000, 1000), 200), ((1000, 1001), 413), ((20_000, 20_000), 413)])
+@pytest.mark.parametrize(
+    ("size", "status"), [((1000, 1000), 200), ((1000, 1001), 413), ((9000, 9000), 413), ((14_000, 14_000), 413)]
+)
 def test_the_pixel_limit_holds_before_decoding(colours, size, status):
     with io.BytesIO() as file:
         Image.new("1", size).save(file, "PNG")
@@ -114,7 +116,7 @@ def test_the_pixel_limit_holds_before_decoding(colours, size, status):
     assert answer.status_code == status
     if status == 413:
         assert answer.json()["code"] == "too_many_pixels"
-        assert f"{size[0]}x{size[1]}" in answer.json()["detail"]
+        assert "the limit" in answer.json()["detail"]
 
 
 def test_images_never_touch_the_disk(digits, monkeypatch, photos):
@@ -155,9 +157,8 @@ def test_text_instead_of_a_file(colours):
 
 
 def test_an_empty_form(colours):
-    answer = post_form(colours, b"--x--\r\n")
-    assert answer.status_code in (400, 422)
-    assert answer.json()["code"] in ("invalid_multipart", "invalid_form")
+    assert refused(post_form(colours, b"")) == (400, "invalid_multipart")
+    assert refused(post_form(colours, b"--x--\r\n")) == (422, "invalid_form")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,6 @@ def test_an_empty_form(colours):
         ("multipart/form-data; boundary=x", b"--x\r\n" + b"A: b\r\n" * 5000 + b"\r\n1\r\n--x--\r\n"),
         ("multipart/form-data; boundary=x", b"--x\r\nA: " + b"b" * 50_000 + b"\r\n\r\n1\r\n--x--\r\n"),
         ("multipart/form-data; boundary=x; charset=undefined", part(b"") + b"--x--\r\n"),
-        ("multipart/form-data; boundary=x; charset=idna", part(b"\xff", 'form-data; name="a..b"') + b"--x--\r\n"),
     ],
 )
 def test_forms_that_break_the_syntax(colours, kind, body):
@@ -193,6 +193,8 @@ def test_a_form_inside_a_form_is_no_image(colours):
     assert refused(post_form(colours, part(body) + b"--x--\r\n")) == (400, "invalid_image")
 
 
-def test_a_form_cut_off(colours):
-    answer = post_form(colours, part(png())[:-20])
-    assert answer.status_code in (400, 422)
+@pytest.mark.parametrize("cut", [1, 8, 30, 100])
+def test_a_form_cut_off(colours, cut):
+    answer = post_form(colours, (part(png()) + b"--x--")[:-cut])
+    assert refused(answer) == (400, "invalid_multipart")
+    assert "closing boundary" in answer.json()["detail"]

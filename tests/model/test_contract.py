@@ -44,6 +44,7 @@ def test_it_names_its_graphs_tensors(card):
         (("name",), ".hidden", "name"),
         (("version",), "0", "version"),
         (("provenance", "weights_sha256"), "abc", "weights_sha256"),
+        (("provenance", "created"), "2026-01-01T00:00:00", "provenance.created"),
         (("metrics", "branch_accuracy"), [1.0], "metrics.branch_accuracy needs 4"),
         (("stages",), [], "stages"),
     ],

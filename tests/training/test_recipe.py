@@ -34,11 +34,11 @@ def test_the_command_line_wins_over_the_sets_part_and_that_over_the_file(tmp_pat
 
 
 def test_a_resolved_recipe_reads_back_equal(tmp_path):
-    recipe = resolve_recipe("digits", {"seed": "7", "taps": ["7", "13"]})
+    recipe = resolve_recipe("digits", {"seed": "7", "taps": ["7", "13"], "channels": "3"})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert load_recipe(file) == recipe
-    assert recipe.taps == (7, 13)
+    assert (recipe.taps, recipe.channels) == ((7, 13), 3)
 
 
 def test_every_setting_is_an_option_of_the_command_line():

@@ -22,7 +22,7 @@ PHOTOS = [
     "astronaut.png",
     "rocket.jpg",
     "retina.jpg",
-    "multipage_rgb.tif",  # several pages
+    "multipage.tif",  # several pages
     "no_time_for_that_tiny.gif",  # palette, animated
     "camera.png",  # grey
     "horse.png",  # alpha
