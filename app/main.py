@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from PIL import Image
 
 from app.errors import HANDLERS
 from app.middleware import RequestIdMiddleware
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         given = load_settings() if settings is None else settings
         app.state.settings = given
         app.state.repository = await asyncio.to_thread(load_repository, given) if repository is None else repository
+        Image.init()  # loads Pillow's formats now, rather than in the first request that needs one
         with ThreadPoolExecutor(given.decode_workers or usable_cpus(), "decode") as decoders:
             app.state.decoders = decoders
             yield

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -65,60 +66,64 @@ def fresh(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_runs_as_it_stands(fresh):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    mine = str(Path(sys.executable).parent)
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
-    }
-    environment["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != mine)
-    environment["INTERFLOW_PORT"] = port
-    servers, outputs = [], []
+    shell = Shell(fresh)
     try:
         for block in BLOCKS:
-            setup = ""
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("#") or not line.strip() or line == TEST_COMMAND or line.startswith("docker "):
-                    continue
-                command = setup + line.replace("localhost:8000", f"localhost:{port}")
-                if "activate" in line:
-                    setup = f"{line} >/dev/null; "
-                if "python -m app" in line and "--help" not in line:
-                    for server in servers:  # a restart
-                        server.terminate()
-                        server.wait(30)
-                    servers = [
-                        subprocess.Popen(
-                            ["bash", "-c", f"exec {command.split('&& ')[-1]}"]
-                            if not setup
-                            else ["bash", "-c", command],
-                            cwd=fresh,
-                            env=environment,
-                        )
-                    ]
-                    wait_until_ready(port, servers[0])
-                else:
-                    done = subprocess.run(
-                        ["bash", "-c", command], cwd=fresh, env=environment, capture_output=True, text=True, check=False
-                    )
-                    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-                    outputs.append(done.stdout)
+            for line in block.splitlines():
+                if line != TEST_COMMAND:  # which is what runs just now
+                    shell.run(line)
     finally:
-        for server in servers:
-            server.kill()
-    answers = [json.loads(text) for text in outputs if text.startswith('{"request_id"')]
-    assert [answer["prediction"]["label"] for answer in answers] == ["7"] * len(answers)
-    assert {answer["model"]["version"] for answer in answers} == {"1", "2"}  # bundled, then trained anew
+        shell.stop_server()
+    answers = [json.loads(text) for text in shell.outputs if text.startswith('{"request_id"')]
+    assert [answer["prediction"]["label"] for answer in answers] == ["7", "7"]
+    assert [answer["model"]["version"] for answer in answers] == ["1", "2"]  # bundled, then trained anew
 
 
-def wait_until_ready(port, server):
-    for _ in range(1200):
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the server is not ready after ten minutes")
+class Shell:
+    """A user's terminal, and another one for the server."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.outputs = []
+        self.server = None
+        self.activate = ""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = str(free.getsockname()[1])
+        mine = str(Path(sys.executable).parent)
+        path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != mine)
+        ours = ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
+        kept = {name: value for name, value in os.environ.items() if name not in ours}
+        self.environment = kept | {"PATH": path, "INTERFLOW_PORT": self.port}
+
+    def run(self, line):
+        """One line of the README, but for the port."""
+        if "activate" in line:
+            self.activate = f"{line} && "
+        command = ["bash", "-c", self.activate + line.replace("localhost:8000", f"localhost:{self.port}")]
+        if line.endswith("python -m app"):
+            self.stop_server()  # a restart
+            self.server = subprocess.Popen(command, cwd=self.folder, env=self.environment, start_new_session=True)
+            self.wait_until_ready()
+        else:
+            done = subprocess.run(
+                command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            self.outputs.append(done.stdout)
+
+    def wait_until_ready(self):
+        for _ in range(1200):
+            assert self.server.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as answer:
+                    assert answer.status == 200
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("the server is not ready after ten minutes")
+
+    def stop_server(self):
+        if self.server:
+            os.killpg(self.server.pid, signal.SIGTERM)  # uv, bash and the server under them
+            self.server.wait(30)
