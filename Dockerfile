@@ -23,11 +23,9 @@ COPY --from=build /srv/.venv ./.venv
 COPY --from=build /srv/exports ./exports
 COPY --from=build /srv/model ./model
 COPY --from=build /srv/app ./app
-# onnxruntime reports to Microsoft unless told not to.
 ENV PATH=/srv/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    ORT_DISABLE_TELEMETRY=1 \
     INTERFLOW_HOST=0.0.0.0 \
     INTERFLOW_PORT=8000
 # By number: Kubernetes' runAsNonRoot refuses names.

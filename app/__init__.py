@@ -1,1 +1,6 @@
-"""The server: reads exports/, answers over HTTP. Never imports torch."""
+"""The inference server: reads exports/, answers over HTTP; never imports torch."""
+
+import os
+
+# onnxruntime's wheels report to their maker unless told not to, before they are imported. Nothing here calls home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,8 +1,11 @@
 """Fixtures that several packages' tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for the tests that ask onnxruntime itself
 
 ROOT = Path(__file__).parent.parent
 

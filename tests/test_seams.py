@@ -2,11 +2,14 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"model", "model.contract", "model.explain", "model.images"}
@@ -23,6 +26,15 @@ def test_the_server_imports_no_torch_and_only_the_shared_modules():
     modules = imported_by("import app.main, app.__main__")
     assert not {"torch", "torchvision", "onnx", "safetensors", "matplotlib", "training"} & modules
     assert {name for name in modules if name.split(".")[0] == "model"} == SHARED
+
+
+@pytest.mark.parametrize("package", ["app", "training"])
+def test_onnxruntime_does_not_call_home(package, tmp_path):
+    ask = "import onnxruntime; onnxruntime.InferenceSession('exports/digits/1/model.onnx')"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", f"import {package}; {ask}"], cwd=ROOT, env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []  # where it keeps an id of the device and what it would send
 
 
 def test_the_import_contracts_hold():

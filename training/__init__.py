@@ -1,1 +1,6 @@
 """Data, training loop and recipes: writes runs/, then exports/."""
+
+import os
+
+# onnxruntime's wheels report to their maker unless told not to, before they are imported. Nothing here calls home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
