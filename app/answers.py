@@ -11,7 +11,7 @@ from model.contract import ModelCard
 from model.explain import contributions, readings, shares, softmax
 
 
-class Verdict(NamedTuple):
+class Interpretation(NamedTuple):
     """The part of an answer that the network decides."""
 
     prediction: Prediction
@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
     agreement: float
 
 
-def judge(card: ModelCard, outputs: Outputs, image: int, top_k: int) -> Verdict:
+def interpret(card: ModelCard, outputs: Outputs, image: int, top_k: int) -> Interpretation:
     """Read one image's outputs by the model's card.
 
     Args:
@@ -57,7 +57,7 @@ def judge(card: ModelCard, outputs: Outputs, image: int, top_k: int) -> Verdict:
             )
         )
     agreement = sum(stage.agrees for stage in stages) / len(stages)
-    return Verdict(ranking[0], ranking, stages, agreement)
+    return Interpretation(ranking[0], ranking, stages, agreement)
 
 
 def _rank(probabilities: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[Prediction]:

@@ -11,9 +11,7 @@ from app.inference import DirectInference, Inference
 from app.schemas import ModelRef, Runtime
 from app.session import ModelError, Session
 from app.settings import Settings
-from model.contract import ModelCard
-
-_VERSION = re.compile(r"[1-9][0-9]*")
+from model.contract import VERSION_PATTERN, ModelCard
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +113,7 @@ def _newest_versions(exports: Path) -> dict[str, Path]:
         folders = sorted(path for path in exports.iterdir() if path.is_dir() and not path.name.startswith("."))
         newest = {}
         for folder in folders:
-            versions = [path for path in folder.iterdir() if path.is_dir() and _VERSION.fullmatch(path.name)]
+            versions = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(VERSION_PATTERN, path.name)]
             if versions:
                 newest[folder.name] = max(versions, key=lambda path: int(path.name))
             else:

@@ -125,7 +125,7 @@ class BranchWeights(_Body):
 
     model: ModelRef
     method: MethodInfo
-    shared_over_classes: Annotated[bool, Field(description="one weight a stage (true), or one a stage and class")]
+    shared_over_classes: Annotated[bool, Field(description="one weight per stage (true), or one per stage and class")]
     stages: list[StageWeights]
     fitted_on: Annotated[str, Field(description="data that reading scales and importance were fitted on")]
     how_to_read: str

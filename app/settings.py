@@ -40,8 +40,8 @@ class Settings(BaseSettings):
     max_pixels: Annotated[
         int, Field(gt=0, le=178_000_000, description="pixels allowed in one image, at most 178000000 (Pillow's limit)")
     ] = DEFAULT_MAX_PIXELS
-    threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: one a usable CPU")] = 0
-    decode_workers: Annotated[int, Field(ge=0, description="images decoded at a time; 0: one a usable CPU")] = 0
+    threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: one per usable CPU")] = 0
+    decode_workers: Annotated[int, Field(ge=0, description="images decoded at a time; 0: one per usable CPU")] = 0
     log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],
         BeforeValidator(_lower),

@@ -12,7 +12,8 @@ from model.methods import Method
 class BranchAttention(nn.Module):
     """Weighted sum of the branch logits: logit_c = sum_i W_ic * z_ic, without bias (Interflow, Sec. III-B).
 
-    The paper's "1 x n convolution" is one weight a branch, its "n x n point-wise convolution" one a branch and class;
+    The paper's "1 x n convolution" is one weight per branch, its "n x n point-wise convolution" one per branch and
+    class;
     it counts 4 and 40 of them on CIFAR-10. Weights that are not learned (hard attention) are a buffer.
 
     Args:
@@ -38,7 +39,7 @@ class BranchAttention(nn.Module):
         else:
             raise InterflowError(
                 f"{method.name} starts from {len(method.initial_weights)} weights, but {branches} branches are tapped; "
-                f"tap {len(method.initial_weights)} stages, or choose a method with random initial weights (S1, S3)."
+                f"tap as many stages, or choose a method of random initial weights (S1, S3, S6, S8)."
             )
         if method.learned:
             self.weight = nn.Parameter(weight)

@@ -10,6 +10,11 @@ FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "interflow"
 """Key of the ONNX metadata entry that holds the card's JSON."""
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Of a model, which is also its folder's name."""
+VERSION_PATTERN = r"^[1-9][0-9]*$"
+"""Of a version, which is also its folder's name; the highest number is the newest."""
+
 MODEL_FILE = "model.onnx"
 CARD_FILE = "model.json"
 
@@ -46,7 +51,7 @@ class TensorSpec(NamedTuple):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -60,17 +65,19 @@ class InputSpec(_Part):
     height: Positive
     width: Positive
     channels: Literal[1, 3]
+    """1 grey, 3 RGB."""
     mean: tuple[float, ...]
     """Per channel, of pixels scaled to 0..1; applied inside the graph, as is `std`."""
     std: tuple[Annotated[float, Field(gt=0)], ...]
     resize: Literal["crop", "pad", "squash"]
+    """What happens to an image of other proportions."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
 
     @model_validator(mode="after")
     def _one_statistic_a_channel(self) -> Self:
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
-                f"mean and std need {self.channels} values, one a channel; got {len(self.mean)} and {len(self.std)}"
+                f"mean and std need {self.channels} values, one per channel; got {len(self.mean)} and {len(self.std)}"
             )
         return self
 
@@ -80,17 +87,23 @@ class BackboneInfo(_Part):
 
     name: str
     depth: Positive
+    """Layers kept."""
     width: Annotated[float, Field(gt=0)]
+    """Multiplier of the layers' channels."""
 
 
 class MethodInfo(_Part):
     """How the branches were fused (Interflow, Table II)."""
 
     name: str
+    """Normal, or S0 to S9."""
     attention: Literal["none", "hard", "branch", "class"]
+    """One branch alone, weights fixed by hand, one learned weight per branch, or one per branch and class."""
     initial_weights: tuple[float, ...] | Literal["random"]
     learned: bool
+    """Whether training moved the weights."""
     shared_heads: bool
+    """Branches of equal channels share one linear layer."""
 
 
 class StageInfo(_Part):
@@ -100,6 +113,7 @@ class StageInfo(_Part):
     depth: Positive
     """Layers of the backbone up to the tap."""
     channels: Positive
+    """Of the tapped feature map."""
     map_size: tuple[Positive, Positive]
     """Height and width of the class maps at the card's input size."""
 
@@ -111,23 +125,30 @@ class Metrics(_Part):
     split: str
     images: Positive
     seed: int
+    """Of the training run."""
     accuracy: Fraction
+    """Of the fused answer."""
     branch_accuracy: tuple[Fraction, ...]
     """Of each stage's reading."""
     ece: Fraction
     """Expected calibration error of the fused confidence, 15 bins of equal width."""
     branch_ece: tuple[Fraction, ...]
+    """Of each stage's reading."""
 
 
 class Provenance(_Part):
     """Where the weights come from."""
 
     created: AwareDatetime
+    """When the card was written; the server's default is the model with the newest."""
     run: str
+    """Name of the training run's folder."""
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the network's tensors in safetensors form."""
     git_revision: str | None
+    """Of the training code; "-dirty" where it had uncommitted changes."""
     versions: dict[str, str]
+    """Of the libraries that trained and exported it."""
 
 
 class ModelCard(_Part):
@@ -137,14 +158,17 @@ class ModelCard(_Part):
     """
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    version: Annotated[str, Field(pattern=VERSION_PATTERN)]
     precision: Literal["float32"] = "float32"
+    """Of the graph's numbers."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Labels, by index."""
     input: InputSpec
     backbone: BackboneInfo
     method: MethodInfo
     stages: Annotated[tuple[StageInfo, ...], Field(min_length=1)]
+    """From shallow to deep."""
     branch_weights: Matrix
     """W: the fused logit of class c is the sum over stages of W[i][c] * z[i][c]."""
     reading_scales: Matrix
@@ -171,7 +195,7 @@ class ModelCard(_Part):
             ("metrics.branch_ece", self.metrics.branch_ece),
         ):
             if len(values) != branches:
-                raise ValueError(f"{field} needs {branches} values, one a stage; got {len(values)}")
+                raise ValueError(f"{field} needs {branches} values, one per stage; got {len(values)}")
         if not math.isclose(sum(self.branch_importance), 1, abs_tol=1e-3):
             raise ValueError(f"branch_importance must sum to 1; it sums to {sum(self.branch_importance):.4f}")
         if len(set(self.classes)) != classes:

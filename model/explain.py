@@ -57,6 +57,6 @@ def shares(stage_contributions: np.ndarray, answers: np.ndarray) -> np.ndarray:
     Returns:
         (N, B), rows summing to 1; 1 / B each where no stage has evidence.
     """
-    weight = np.abs(evidence(np.asarray(stage_contributions, np.float64))[np.arange(len(answers)), :, answers])
-    total = weight.sum(axis=1, keepdims=True)
-    return np.divide(weight, total, out=np.full_like(weight, 1 / weight.shape[1]), where=total > 0)
+    magnitude = np.abs(evidence(np.asarray(stage_contributions, np.float64))[np.arange(len(answers)), :, answers])
+    total = magnitude.sum(axis=1, keepdims=True)
+    return np.divide(magnitude, total, out=np.full_like(magnitude, 1 / magnitude.shape[1]), where=total > 0)

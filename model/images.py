@@ -16,6 +16,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Opened by name, because Pillow would hand others to outside programs (EPS to Ghostscript)."""
 
 DEFAULT_MAX_PIXELS = 50_000_000
+MOST_PIXELS = 178_000_000
+"""Pillow itself refuses an image of more."""
+
+_ADVICE = "Make it smaller; a server's limit is INTERFLOW_MAX_PIXELS."
+_SIXTEEN_TO_EIGHT_BITS = [(sample + 128) // 257 for sample in range(65536)]
 
 
 class ImageError(InterflowError):
@@ -47,14 +52,14 @@ def decode_image(source: bytes | Path, channels: int, max_pixels: int = DEFAULT_
             if width * height > max_pixels:
                 raise ImageTooLargeError(
                     f"the image is {width}x{height} ({width * height / 1e6:.1f} MP); "
-                    f"the limit is {max_pixels / 1e6:g} MP. Send it smaller."
+                    f"the limit is {max_pixels / 1e6:g} MP. {_ADVICE}"
                 )
             return _eight_bit(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(
-            f"the image has more pixels than the limit of {max_pixels / 1e6:g} MP. Send it smaller."
+            f"the image has more pixels than the limit of {max_pixels / 1e6:g} MP. {_ADVICE}"
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image that can be read; expected one of {', '.join(FORMATS)}.") from error
@@ -96,12 +101,13 @@ def read_input(source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_
 
 def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which some files hold in 32
-        samples = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+        image = image.convert("I").point(_SIXTEEN_TO_EIGHT_BITS, "L")
     elif image.mode == "F":
-        samples = np.nan_to_num(np.asarray(image))
-        scale = 255 if samples.max() <= 1 else 1
-        image = Image.fromarray(np.clip(samples * scale, 0, 255).round().astype(np.uint8))
+        samples = np.array(image)  # worked on in place: a small file may unpack to hundreds of megabytes
+        np.nan_to_num(samples, copy=False)
+        if samples.max() <= 1:
+            samples *= 255
+        image = Image.fromarray(np.clip(samples, 0, 255, out=samples).round(out=samples).astype(np.uint8))
     elif image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         image = ImageCms.applyTransform(image, to_rgb) or image

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.attention import BranchAttention
 from model.backbones.stage import Backbone
+from model.initialization import xavier
 from model.methods import Method
 
 
@@ -51,8 +52,8 @@ class Interflow(nn.Module):
         self.head_names = [f"channels{stage.channels}" if shared_heads else stage.name for stage in self.stages]
         channels = dict(zip(self.head_names, (stage.channels for stage in self.stages), strict=True))
         self.heads = nn.ModuleDict({name: nn.Conv2d(wide, num_classes, 1) for name, wide in channels.items()})
+        self.heads.apply(xavier)
         self.attention = BranchAttention(method, len(self.stages), num_classes)
-        self.apply(_initialize)
 
     def forward(self, x: Tensor) -> InterflowOutput:
         """Classify normalised images, (N, channels, height, width)."""
@@ -82,11 +83,3 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, height, width, channels) to float32 (N, channels, height, width)."""
         return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-
-
-def _initialize(module: nn.Module) -> None:
-    """Xavier for convolutions and linear layers, batch norm at 1 and 0, biases 0 (the paper's recipe)."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -14,10 +14,10 @@ class Method:
 
     Attributes:
         name: as the paper writes it, "Normal" in lower case.
-        attention: "none" (one branch, W = 1), "hard" (weights fixed by hand), "branch" (one learned weight a branch)
-            or "class" (one learned weight a branch and class).
+        attention: "none" (one branch, W = 1), "hard" (weights fixed by hand), "branch" (one learned weight per
+            branch) or "class" (one learned weight per branch and class).
         branches: taps of the backbone; a very deep backbone has its own number (Table VI).
-        initial_weights: one a branch, or None for random ones.
+        initial_weights: one per branch, or None for random ones.
     """
 
     name: str

@@ -45,7 +45,7 @@ def create_model(
         pretrained: weights from elsewhere; no backbone here has any yet.
 
     Returns:
-        The network; its forward pass takes normalised images of any size.
+        The network; its forward pass takes normalised images (N, in_channels, height, width) of any size.
 
     Raises:
         InterflowError: a name or number that names no such network, saying which ones there are.

@@ -1,8 +1,10 @@
 """The README is a promise: its commands run as they stand, in a copy of the project, as a new user's would."""
 
+import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from training.recipe import add_recipe_options, resolve_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +46,17 @@ def test_the_answer_shown_has_the_fields_that_are_served():
     answer = Answer.model_validate_json(shown)
     assert set(json.loads(shown)) == set(Answer.model_fields)
     assert answer.prediction.label == "7"
+
+
+def test_every_training_command_shown_is_one_that_train_takes():
+    commands = re.findall(r"python training/train\.py( --[^`\n]*)", README + (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(commands) >= 3
+    for command in commands:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--recipe")
+        add_recipe_options(parser)
+        options = vars(parser.parse_args(shlex.split(command)))
+        assert resolve_recipe(options.pop("recipe"), options)
 
 
 def test_links_and_pictures_lead_somewhere():
@@ -77,6 +92,8 @@ def test_every_command_runs_as_it_stands(fresh):
     answers = [json.loads(text) for text in shell.outputs if text.startswith('{"request_id"')]
     assert [answer["prediction"]["label"] for answer in answers] == ["7", "7"]
     assert [answer["model"]["version"] for answer in answers] == ["1", "2"]  # bundled, then trained anew
+    trained = json.loads((fresh / "exports" / "digits" / "2" / "model.json").read_text())
+    assert trained["metrics"]["accuracy"] >= 0.97
 
 
 class Shell:

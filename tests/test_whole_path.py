@@ -15,8 +15,10 @@ from model.contract import ModelCard
 from model.explain import softmax
 from model.images import read_input
 from model.interflow import Normalize
-from model.registry import create_model
+from training.artefact import network_of
 from training.checkpoint import load_network
+from training.data import load_data
+from training.recipe import load_recipe, resolve_recipe
 
 # float32 through two libraries
 TOLERANCE = 1e-4
@@ -35,7 +37,7 @@ def card(exported):
 
 @pytest.fixture(scope="module")
 def network(trained_run, card):
-    network = create_model("vgg16", method="S3", in_channels=1, width=card.backbone.width, taps=(4, 7, 10, 13)).eval()
+    network = network_of(card)
     load_network(trained_run / "checkpoint.safetensors", network)
     return network
 
@@ -78,9 +80,6 @@ def test_a_photograph_of_any_size_gets_the_same_logits_everywhere(
 
 def test_test_images_are_answered_as_the_card_promises(client, trained_run, card):
     """Accuracy over HTTP, on images of the test split, against the card's figures for the whole split."""
-    from training.data import load_data
-    from training.recipe import load_recipe
-
     data = load_data(load_recipe(trained_run / "recipe.yaml"))
     right = np.zeros(1 + len(card.stages))
     for image, label in zip(data.test.images, data.test.labels.tolist(), strict=True):
@@ -94,6 +93,16 @@ def test_test_images_are_answered_as_the_card_promises(client, trained_run, card
     np.testing.assert_allclose(
         right / len(data.test), promised, atol=1.5 / len(data.test)
     )  # an exact tie may fall either way
+
+
+@pytest.mark.parametrize("ink_on_paper", [False, True])
+def test_the_bundled_model_reads_test_digits_light_on_dark_and_as_ink_on_paper(bundled, ink_on_paper):
+    data = load_data(resolve_recipe("digits", {}))
+    images = data.test.images.numpy()
+    session = onnxruntime.InferenceSession(bundled / "model.onnx")
+    (logits,) = session.run(["logits"], {"image": 255 - images if ink_on_paper else images})
+    assert (logits.argmax(axis=1) == data.test.labels.numpy()).mean() >= 0.97
+    assert sum(path.stat().st_size for path in bundled.iterdir()) <= 5e6
 
 
 def test_branch_weights_over_http_are_the_networks(client, network):

@@ -1,6 +1,7 @@
 """From a finished run to a model version that the server, or Triton, loads."""
 
 import io
+import re
 import shutil
 import tempfile
 import warnings
@@ -11,13 +12,28 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from model.contract import CARD_FILE, IMAGE, METADATA_KEY, MODEL_FILE, InterflowError, ModelCard
+from model.contract import CARD_FILE, IMAGE, METADATA_KEY, MODEL_FILE, VERSION_PATTERN, InterflowError, ModelCard
 from model.interflow import Interflow, Normalize
+from model.registry import create_model
 from training.config_pbtxt import config_pbtxt
 from training.files import write_text
 
 OPSET = 20
 CONFIG_FILE = "config.pbtxt"
+
+
+def network_of(card: ModelCard) -> Interflow:
+    """The network that a card describes, in evaluation mode, its weights not loaded yet."""
+    return create_model(
+        card.backbone.name,
+        method=card.method.name,
+        num_classes=len(card.classes),
+        in_channels=card.input.channels,
+        depth=card.backbone.depth,
+        width=card.backbone.width,
+        taps=[stage.depth for stage in card.stages],
+        shared_heads=card.method.shared_heads,
+    ).eval()
 
 
 class ServedNetwork(nn.Module):
@@ -102,8 +118,7 @@ def write_artefact(exports: Path, card: ModelCard, model: bytes) -> Path:
         stage.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server that runs as another user
         (stage / MODEL_FILE).write_bytes(model)
         (stage / CARD_FILE).write_text(card.to_json(), encoding="utf-8")
-        if not (folder / CONFIG_FILE).exists():  # the same for all versions, because their signatures are
-            write_text(folder / CONFIG_FILE, config_pbtxt(card))
+        write_text(folder / CONFIG_FILE, config_pbtxt(card))  # the same for all versions, as their signatures are
         try:
             stage.rename(folder / card.version)
         except OSError as error:
@@ -128,4 +143,4 @@ def _signature(card: ModelCard) -> dict[str, str]:
 
 
 def _versions(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return [path for path in folder.glob("*") if re.fullmatch(VERSION_PATTERN, path.name) and path.is_dir()]

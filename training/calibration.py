@@ -43,15 +43,15 @@ class Predictions:
 def fit_reading_scales(predictions: Predictions, per_class: bool) -> np.ndarray:
     """Signed scales a_i under which softmax(a_i * z_i) is each stage's calibrated belief.
 
-    They minimise the negative log-likelihood, a convex problem, starting at the attention weights; the result does
-    not change when (w, z) is flipped or rescaled.
+    They minimise the negative log-likelihood under Platt's targets (`_fit_scale`), a convex problem, starting at the
+    attention weights; the result does not change when (w, z) is flipped or rescaled.
 
     Args:
         predictions: of data that the network was not trained on, where there is any.
-        per_class: one scale a branch and class (methods with one weight a branch and class), else one a branch.
+        per_class: one scale per branch and class (as the weights of S3, S4, S8, S9), else one per branch.
 
     Returns:
-        (B, K); equal along a row unless `per_class`. A stage whose logits never vary keeps its weight.
+        (B, K); equal along a row unless `per_class`. Logits that never vary keep their weight as scale.
     """
     scales = predictions.branch_weights.astype(np.float64).copy()
     for branch, weight in enumerate(predictions.branch_weights):
@@ -110,18 +110,17 @@ def _fit_scale(logits: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.
     """Scale, (1,) or (K,), that makes softmax(scale * logits) most likely; logits (M, K).
 
     Targets are Platt's (1999): M images in M bear their label, so the next does with (M + 1) / (M + 2). Without that,
-    logits that get every image right would be most likely at an infinite scale.
+    logits that get every image right would be most likely at an infinite scale. This is ours.
     """
     count, classes = logits.shape
     centred = torch.from_numpy(logits - logits.mean(axis=1, keepdims=True) if len(start) == 1 else logits).double()
     # Solved for logits of unit size: a small weight on large logits is as well conditioned as any.
     size = centred.square().mean(dim=None if len(start) == 1 else 0).sqrt()
-    if not bool((size > 0).all()):
-        return start
-    unit = centred / size
-    doubt = 1 / (count + 2)
-    targets = torch.full((count, classes), doubt / (classes - 1), dtype=torch.float64)
-    targets[torch.arange(count), torch.from_numpy(labels)] = 1 - doubt
+    varies = size > 0
+    unit = centred / size.where(varies, torch.ones_like(size))
+    smoothing = 1 / (count + 2)
+    targets = torch.full((count, classes), smoothing / (classes - 1), dtype=torch.float64)
+    targets[torch.arange(count), torch.from_numpy(labels)] = 1 - smoothing
     scale: Tensor = (torch.from_numpy(start).double() * size).requires_grad_()
     optimizer = torch.optim.LBFGS([scale], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
@@ -132,4 +131,4 @@ def _fit_scale(logits: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.
         return value
 
     optimizer.step(loss)
-    return (scale.detach() / size).numpy()
+    return torch.where(varies, scale.detach() / size, torch.from_numpy(start).double()).numpy()

@@ -1,12 +1,13 @@
 """A run's state in one safetensors file: network, optimiser, random state; no pickle."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -69,17 +70,25 @@ def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer) -> tup
         prefix = f"{_OPTIMIZER}{name}:"
         for key in [key for key in tensors if key.startswith(prefix)]:
             optimizer.state[parameter][key.removeprefix(prefix)] = tensors[key].to(parameter.device)
+    if not {_RANDOM, _TOTALS} <= set(tensors):
+        raise InterflowError(f"{path}: not a whole checkpoint (no {_RANDOM} or {_TOTALS}); begin a new run.")
     torch.set_rng_state(tensors[_RANDOM])
     if torch.cuda.is_available() and _CUDA_RANDOM in tensors:
         torch.cuda.set_rng_state(tensors[_CUDA_RANDOM])
     return progress, tensors[_TOTALS]
 
 
-def load_network(path: Path, network: nn.Module) -> Progress:
-    """Put only the saved network's tensors back. Raises as `load_checkpoint`."""
-    progress, tensors = _read(path)
-    _load_network(path, network, tensors)
-    return progress
+def load_network(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    """Put only the saved network's tensors back, and return them by name. Raises as `load_checkpoint`."""
+    _, tensors = _read(path)
+    return _load_network(path, network, tensors)
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hash of the network's tensors in safetensors form, wherever they lie."""
+    return hashlib.sha256(
+        save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()})
+    ).hexdigest()
 
 
 def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
@@ -91,9 +100,11 @@ def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
         raise InterflowError(f"{path}: not a checkpoint that can be read ({error}).") from error
 
 
-def _load_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     saved = {key.removeprefix(_NETWORK): value for key, value in tensors.items() if key.startswith(_NETWORK)}
     try:
         network.load_state_dict(saved)
     except RuntimeError as error:
-        raise InterflowError(f"{path}: holds another network than its run's recipe describes ({error}).") from error
+        reason = " ".join(str(error).split())
+        raise InterflowError(f"{path}: holds another network than its run's recipe describes ({reason}).") from error
+    return saved

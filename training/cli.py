@@ -17,7 +17,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
         place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}. Nothing is half-written; mend that and run it again.")
+        sys.exit(f"error: {place}{error.strerror or error}.")
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -62,7 +62,7 @@ class ImageData:
     skipped: int
     """Images that could not be read and were left out, as the recipe allowed."""
     fingerprint: str
-    """Changes with any image, label or file name: a resumed run must see what it saw before."""
+    """Changes with any pixel or label: a resumed run must see what it saw before."""
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -92,6 +92,11 @@ def load_data(recipe: Recipe) -> ImageData:
         found = read_folder(root, spec, recipe)
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in root.resolve().name).lstrip("._-") or "images"
 
+    for name_of_class, count in zip(
+        found.classes, found.test.labels.bincount(minlength=len(found.classes)), strict=True
+    ):
+        if not count:
+            raise InterflowError(f"class {name_of_class} has no readable image in test; every class needs some there.")
     kept, held = stratified(found.train.labels, found.classes, recipe.val_fraction)
     train = found.train.subset(kept)
     mean, std = _statistics(train, recipe.workers)
@@ -103,7 +108,7 @@ def load_data(recipe: Recipe) -> ImageData:
         val=found.train.subset(held) if len(held) else None,
         test=found.test,
         skipped=found.skipped,
-        fingerprint=_fingerprint(found),
+        fingerprint=hashlib.sha256("\n".join((*found.classes, found.digest)).encode()).hexdigest(),
     )
 
 
@@ -138,17 +143,18 @@ def _digits(spec: InputSpec) -> FoundSet:
     from sklearn.datasets import load_digits  # noqa: PLC0415 - takes seconds, and only the digits need it
 
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    whole = _from_arrays(pixels, digits.target, spec)
-    kept, held = stratified(whole.labels, _DIGIT_NAMES, HELD_OUT_TEST)
-    return FoundSet(_DIGIT_NAMES, whole.subset(kept), whole.subset(held))
+    images = _to_inputs(np.round(digits.images * (255 / 16)).astype(np.uint8), spec)
+    labels = torch.from_numpy(digits.target)
+    kept, held = stratified(labels, _DIGIT_NAMES, HELD_OUT_TEST)
+    train, test = Split(images[kept], labels[kept]), Split(images[held], labels[held])
+    return FoundSet(_DIGIT_NAMES, train, test, _digest(images, labels))
 
 
 def _download(name: str, named: NamedSet, data_dir: Path, spec: InputSpec) -> FoundSet:
     """A named set through torchvision, which keeps its own copy below `data_dir`."""
     from torchvision import datasets  # noqa: PLC0415 - takes seconds, and only a download needs it
 
-    splits = []
+    tensors: list[Tensor] = []
     for part in ("train", "test"):
         which = {"split": part} if name == "svhn" else {"train": part == "train"}
         try:
@@ -158,26 +164,21 @@ def _download(name: str, named: NamedSet, data_dir: Path, spec: InputSpec) -> Fo
                 f"{name} is not in {data_dir / name}, and downloading it failed ({error}). Unpack it as "
                 f"{data_dir / name}/{{train,test}}/<class>/<image>, or give --data a folder."
             ) from error
-        pixels = np.asarray(part_set.data)
-        if name == "svhn":
-            pixels = pixels.transpose(0, 2, 3, 1)
-        targets = part_set.labels if name == "svhn" else part_set.targets
-        splits.append(_from_arrays(pixels, np.asarray(targets), spec))
-    return FoundSet(named.classes or tuple(part_set.classes), splits[0], splits[1])
+        pixels, labels = np.asarray(part_set.data), part_set.labels if name == "svhn" else part_set.targets
+        pixels = pixels.transpose(0, 2, 3, 1) if name == "svhn" else pixels
+        tensors += [_to_inputs(pixels, spec), torch.from_numpy(np.asarray(labels, np.int64))]
+    classes = named.classes or tuple(part_set.classes)
+    return FoundSet(classes, Split(*tensors[:2]), Split(*tensors[2:]), _digest(*tensors))
 
 
-def _from_arrays(pixels: np.ndarray, labels: np.ndarray, spec: InputSpec) -> Split:
+def _to_inputs(pixels: np.ndarray, spec: InputSpec) -> Tensor:
+    """uint8 (M, height, width) or (M, height, width, 3) of any size to the network's input."""
     mode = "L" if spec.channels == 1 else "RGB"
-    images = np.stack([to_input(Image.fromarray(image).convert(mode), spec) for image in pixels])
-    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+    return torch.from_numpy(np.stack([to_input(Image.fromarray(image).convert(mode), spec) for image in pixels]))
 
 
-def _fingerprint(found: FoundSet) -> str:
-    digest = hashlib.sha256("\n".join(found.classes).encode())
-    for split in (found.train, found.test):
-        digest.update(split.labels.numpy().tobytes())
-        if isinstance(split.images, Tensor):
-            digest.update(split.images.numpy().tobytes())
-        else:
-            digest.update("\n".join(str(path) for path in split.images.paths).encode())
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

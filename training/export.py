@@ -1,17 +1,14 @@
 """Export a run as a model version: `python training/export.py --help`."""
 
 import argparse
+import re
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
-from model.contract import InterflowError, ModelCard
-from model.registry import create_model
+from model.contract import NAME_PATTERN, VERSION_PATTERN, InterflowError, ModelCard
 from training import cli
-from training.artefact import export_versions, next_version, require_fitting, to_onnx, write_artefact
-from training.checkpoint import load_network
-from training.finish import weights_sha256
-from training.recipe import load_recipe
+from training.artefact import export_versions, network_of, next_version, require_fitting, to_onnx, write_artefact
+from training.checkpoint import load_network, weights_sha256
 from training.run import Run, newest_finished
 from training.verify import verify
 
@@ -30,22 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.run) if options.run else newest_finished()
     card = _card(run, options.out, options.name, options.version)
     require_fitting(options.out, card)
-    network = create_model(
-        card.backbone.name,
-        method=card.method.name,
-        num_classes=len(card.classes),
-        in_channels=card.input.channels,
-        depth=card.backbone.depth,
-        width=card.backbone.width,
-        taps=load_recipe(run.recipe).taps,
-        shared_heads=card.method.shared_heads,
-    ).eval()
-    load_network(run.checkpoint, network)
+    network = network_of(card)
+    tensors = load_network(run.checkpoint, network)
     if weights_sha256(network) != card.provenance.weights_sha256:
         raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
 
     model = to_onnx(network, card)
-    difference = verify(model, card, network, np.load(run.samples))
+    difference = verify(model, card, network, tensors, run.load_samples())
     path = write_artefact(options.out, card, model)
     print(f"{run.folder} -> {path} ({len(model) / 1e6:.1f} MB); checked, largest difference {difference:.1e}")
     return 0
@@ -53,10 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _card(run: Run, exports: Path, name: str | None, version: str | None) -> ModelCard:
     card = run.finished_card()
-    name = name or card.name
-    provenance = card.provenance.model_copy(update={"versions": card.provenance.versions | export_versions()})
-    final = {"name": name, "version": version or next_version(exports, name), "provenance": provenance}
-    return ModelCard.from_json(card.model_copy(update=final).to_json(), "--name and --version")
+    name = card.name if name is None else name
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InterflowError(f"--name {name!r}: expected letters, digits, `.`, `_` and `-`, a letter or digit first.")
+    version = next_version(exports, name) if version is None else version
+    if not re.fullmatch(VERSION_PATTERN, version):
+        raise InterflowError(f"--version {version!r}: expected a whole number from 1 up.")
+    provenance = card.provenance.model_copy(
+        update={"created": datetime.now(UTC), "versions": card.provenance.versions | export_versions()}
+    )
+    return card.model_copy(update={"name": name, "version": version, "provenance": provenance})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """After the last epoch: fit what the card needs on held-out images, measure on test, once, and draw the curves."""
 
-import hashlib
 import platform
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from model.contract import BackboneInfo, MethodInfo, Metrics, ModelCard, Provenance, StageInfo
 from model.interflow import Interflow
 from training import calibration
+from training.checkpoint import weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
 from training.loop import predict
@@ -85,25 +83,6 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     plot_weights(rows, run.folder / "weights.png")
     write_text(run.card, card.to_json() + "\n")
     return card
-
-
-def weights_sha256(network: Interflow) -> str:
-    """Hash of the network's tensors in safetensors form, wherever they lie."""
-    tensors: dict[str, Tensor] = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    return hashlib.sha256(save(tensors)).hexdigest()
-
-
-def summary(card: ModelCard) -> str:
-    """The card's figures as a table for people."""
-    lines = [
-        f"test: {card.metrics.accuracy:.2%} of {card.metrics.images} images right, ECE {card.metrics.ece:.2%}",
-        f"{'stage':<10}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
-    ]
-    for stage, accuracy, importance, weights in zip(
-        card.stages, card.metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
-    ):
-        lines.append(f"{stage.name:<10}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
-    return "\n".join(lines)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Folders of class folders. Every image is decoded once before training: a damaged one is found at the start."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model.contract import InputSpec, InterflowError
-from model.images import ImageError, read_input
+from model.images import ImageError
 from training.recipe import Recipe
-from training.splits import FolderImages, Split, fetch, stratified
+from training.splits import FolderImages, Split, fetch, read_file, stratified
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 TRAIN, TEST = "train", ("test", "val", "valid", "validation")
@@ -26,11 +27,20 @@ IN_MEMORY_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class FoundSet:
-    """What a source holds; `skipped` images could not be read, and the recipe allowed to leave them out."""
+    """What a source holds.
+
+    Attributes:
+        classes: names, by index.
+        train: every class in it has images, as in `test`.
+        test: touched once, at the end.
+        digest: of all pixels and labels.
+        skipped: images that could not be read, and that the recipe allowed to leave out.
+    """
 
     classes: tuple[str, ...]
     train: Split
     test: Split
+    digest: str
     skipped: int = 0
 
 
@@ -52,9 +62,9 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
     classes, paths, labels = _list_images(root / TRAIN if has_splits else root)
     test_root = next((root / name for name in TEST if has_splits and (root / name).is_dir()), None)
     if test_root is None:
-        whole, skipped = _decode(paths, labels, spec, recipe)
+        whole, digest, skipped = _decode(paths, labels, spec, recipe)
         kept, held = stratified(whole.labels, classes, HELD_OUT_TEST)
-        return FoundSet(classes, whole.subset(kept), whole.subset(held), skipped)
+        return FoundSet(classes, whole.subset(kept), whole.subset(held), digest, skipped)
     test_classes, test_paths, test_labels = _list_images(test_root)
     if classes != test_classes:
         odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
@@ -62,9 +72,9 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
             f"{root}: {TRAIN} and {test_root.name} have different classes: only one of them has {odd}. "
             f"Both need the same folders."
         )
-    train, skipped = _decode(paths, labels, spec, recipe)
-    test, skipped_of_test = _decode(test_paths, test_labels, spec, recipe)
-    return FoundSet(classes, train, test, skipped + skipped_of_test)
+    train, digest, skipped = _decode(paths, labels, spec, recipe)
+    test, test_digest, test_skipped = _decode(test_paths, test_labels, spec, recipe)
+    return FoundSet(classes, train, test, digest + test_digest, skipped + test_skipped)
 
 
 def _list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
@@ -83,41 +93,47 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     return classes, paths, labels
 
 
-def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recipe) -> tuple[Split, int]:
-    """Decode all files; returns what can be read, in memory where it fits, and how many cannot."""
+def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recipe) -> tuple[Split, str, int]:
+    """Decode all files; returns what can be read (in memory where it fits), its digest, and how many cannot."""
     keep = len(paths) * spec.height * spec.width * spec.channels <= IN_MEMORY_BYTES
     order = torch.arange(len(paths)).split(64)
     good, images, damaged = [], [], []
+    digest = hashlib.sha256()
     with tqdm(total=len(paths), desc=f"reading {paths[0].parent.parent}", unit="image", disable=None) as bar:
         batches = fetch(_Checked(paths, spec, keep), order, recipe.workers)
-        for (batch, errors), indices in zip(batches, order, strict=True):
+        for (batch, errors, batch_digest), indices in zip(batches, order, strict=True):
             images.append(batch)
+            digest.update(batch_digest)
             damaged += errors.values()
             good += [i for position, i in enumerate(indices.tolist()) if position not in errors]
             bar.update(len(indices))
     if damaged and not recipe.skip_bad_images:
         raise InterflowError(
             f"{damaged[0]} {len(damaged)} of {len(paths)} images cannot be read; "
-            f"remove or mend them, or give --skip-bad-images."
+            f"remove or repair them, or give --skip-bad-images."
         )
     if damaged:
         print(f"left out {len(damaged)} of {len(paths)} images; the first: {damaged[0]}")
     kept = torch.cat(images) if keep else FolderImages([paths[i] for i in good], spec)
-    return Split(kept, torch.tensor(labels)[good]), len(damaged)
+    kept_labels = torch.tensor(labels)[good]
+    digest.update(kept_labels.numpy().tobytes())
+    return Split(kept, kept_labels), digest.hexdigest(), len(damaged)
 
 
-class _Checked(Dataset[tuple[Tensor, dict[int, str]]]):
-    """Images of files, with the positions and reasons of those that could not be decoded."""
+class _Checked(Dataset[tuple[Tensor, dict[int, str], bytes]]):
+    """Images of files, the positions and reasons of those that could not be decoded, and a digest of the others."""
 
     def __init__(self, paths: list[Path], spec: InputSpec, keep: bool) -> None:
         self.paths, self.spec, self.keep = paths, spec, keep
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str], bytes]:
         images, errors = [], {}
         for position, index in enumerate(indices):
             try:
-                images.append(read_input(self.paths[index], self.spec))
-            except (ImageError, OSError) as error:
-                errors[position] = f"{self.paths[index]}: {error}"
-        shape = (len(images) if self.keep else 0, self.spec.height, self.spec.width, self.spec.channels)
-        return torch.from_numpy(np.stack(images) if shape[0] else np.empty(shape, np.uint8)), errors
+                images.append(read_file(self.paths[index], self.spec))
+            except ImageError as error:
+                errors[position] = str(error)
+        shape = (len(images), self.spec.height, self.spec.width, self.spec.channels)
+        batch = np.stack(images) if images else np.empty(shape, np.uint8)
+        digest = hashlib.sha256(batch.tobytes()).digest()
+        return torch.from_numpy(batch if self.keep else batch[:0]), errors, digest

@@ -29,7 +29,7 @@ SAVE_EVERY_S = 300
 """Within an epoch; at its end the state is saved anyway."""
 
 
-class StoppedError(InterflowError):
+class StoppedError(Exception):
     """Training was asked to stop; its state is saved."""
 
 
@@ -61,9 +61,14 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
 
 
 def training_loss(output: InterflowOutput, labels: Tensor, auxiliary: float) -> Tensor:
-    """Cross-entropy on the fused logits (the paper's), and on every stage's contribution with weight `auxiliary`.
+    """Cross-entropy on the fused logits (the paper's), plus `auxiliary` times its mean over the stages' contributions.
 
     The second is ours: on w_i * z_i rather than z_i, because the sign and scale of z_i alone mean nothing.
+
+    Args:
+        output: of N images and B branches.
+        labels: (N,) class indices.
+        auxiliary: 0 for the paper's loss.
     """
     loss = functional.cross_entropy(output.logits, labels)
     if auxiliary:
@@ -111,7 +116,7 @@ class _Training:
             network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
         )
         self.epoch, self.step = 0, 0
-        # images, loss, right answers of the fused logits and of each stage: summed on the device, read once an epoch
+        # images, loss, right answers of the fused logits and of each stage: summed on the device, read once per epoch
         self.totals = torch.zeros(3 + len(network.stages), dtype=torch.float64, device=device)
         self.rows: list[Row] = []
         if run.checkpoint.is_file():
@@ -132,6 +137,8 @@ class _Training:
                 writer.flush()
                 self._save()
                 print(self._describe(row))
+                if stop and self.epoch < self.recipe.epochs:
+                    raise StoppedError
 
     def _train_epoch(self, stop: list[int]) -> int:
         """Train the epoch from `self.step` on; returns the images trained."""
@@ -147,7 +154,7 @@ class _Training:
                 self.step += 1
                 trained += len(labels)
                 bar.update()
-                if self.step % 20 == 0 and not bar.disable:
+                if self.step % 20 == 0:
                     self._require_finite()
                     rate = trained / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix(
@@ -157,13 +164,13 @@ class _Training:
                     self._save()
                     saved = time.monotonic()
                 if stop:
-                    raise StoppedError("stopped; the state is saved.")
+                    raise StoppedError
         return trained
 
     def _train_step(self, images: Tensor, labels: Tensor, steps: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.epoch, self.step, steps)
-        images = augment(images, self.recipe, self._generator(self.epoch, self.step)).to(self.device)
+        images = augment(images, self.recipe, self._generator(self.epoch, 1 + self.step)).to(self.device)
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             output: InterflowOutput = self.network(self.normalize(images))
@@ -180,7 +187,7 @@ class _Training:
 
     def _order(self) -> list[Tensor]:
         """Indices of the epoch's batches. A last batch of one image is left out: batch norm needs two."""
-        shuffled = torch.randperm(len(self.data.train), generator=self._generator(self.epoch))
+        shuffled = torch.randperm(len(self.data.train), generator=self._generator(self.epoch, 0))
         batches = list(shuffled.split(self.recipe.batch_size))
         return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
@@ -195,7 +202,8 @@ class _Training:
         """The epoch's figures. A stage's accuracy is its contribution's: its reading before scales are fitted."""
         self._require_finite()
         names = [stage.name for stage in self.network.stages]
-        row: Row = {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        steps = len(self._order())
+        row: Row = {"epoch": self.epoch + 1, "lr": learning_rate(self.recipe, self.epoch, steps - 1, steps)}
         row |= {"train_loss": self._mean(1), "train_accuracy": self._mean(2)}
         row |= {f"train_accuracy/{name}": self._mean(3 + i) for i, name in enumerate(names)}
         if self.data.val:

@@ -24,7 +24,7 @@ def plot_accuracy(rows: list[Row], path: Path) -> None:
 
 
 def plot_weights(rows: list[Row], path: Path) -> None:
-    """Attention weights over the epochs (the paper's Fig. 4b as a curve), a panel a stage if each class has its own."""
+    """Attention weights over the epochs (the paper's Fig. 4b as a curve), a panel per stage for S3, S4, S8 and S9."""
     columns = [name for name in rows[0] if name.startswith("weight/")]
     stages = list(dict.fromkeys(name.split("/")[1] for name in columns))
     epochs = [row["epoch"] for row in rows]

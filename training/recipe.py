@@ -18,6 +18,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _number(value: Any) -> Any:
     """A command line's text as the number that a Literal is compared with."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
@@ -41,10 +45,10 @@ class Recipe(BaseModel):
     channels: Annotated[Literal[1, 3] | None, BeforeValidator(_number)] = _setting(
         "data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder"
     )
-    resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash an image of another shape")
+    resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash, of other shapes")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
     skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")
-    workers: Annotated[int, Field(ge=0)] = _setting("data", os.cpu_count() or 1, "processes that decode a folder")
+    workers: Annotated[int, Field(ge=0)] = _setting("data", _usable_cpus(), "processes that decode a folder")
 
     backbone: str = _setting("network", "vgg16", "name of a registered backbone")
     method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")
@@ -59,19 +63,19 @@ class Recipe(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = _setting("training", 0.95, "of SGD")
     nesterov: bool = _setting("training", False, "Nesterov's momentum")
     weight_decay: NonNegative = _setting("training", 5e-4, "of all parameters")
-    schedule: Literal["step", "one_cycle"] = _setting("training", "step", "of the learning rate, see training/loop.py")
-    drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 20, "step: last epochs, at a tenth of the rate")
+    schedule: Literal["step", "one_cycle"] = _setting("training", "step", "step or one_cycle, of the learning rate")
+    drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 0, "step: last epochs, at a tenth of the rate")
     warmup: Probability = _setting("training", 0.2, "one_cycle: share of the steps in which the rate rises")
     auxiliary_loss: NonNegative = _setting("training", 0.0, "weight of the loss on every stage's contribution")
     crop_padding: Annotated[int, Field(ge=0)] = _setting("training", 0, "zeros around an image, then a random crop")
     flip: Probability = _setting("training", 0.0, "chance of a mirrored image")
     invert: Probability = _setting("training", 0.0, "chance of an image in negative")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = _setting("training", 0, "of weights, order and augmentation")
-    precision: Literal["float32", "bfloat16"] = _setting("training", "float32", "of the forward and backward pass")
-    device: Literal["auto", "cpu", "cuda"] = _setting("training", "auto", "cuda where there is one")
+    precision: Literal["float32", "bfloat16"] = _setting("training", "float32", "float32 or bfloat16")
+    device: Literal["auto", "cpu", "cuda"] = _setting("training", "auto", "auto, cpu or cuda")
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self
@@ -89,13 +93,16 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         title = str(extra["group"]) if isinstance(extra, dict) else "other"
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
-        flag, default = "--" + name.replace("_", "-"), argparse.SUPPRESS
+        flag, not_given = "--" + name.replace("_", "-"), argparse.SUPPRESS
+        text = field.description or ""
+        if field.default is not None:
+            text += f" (default: {field.default})"
         if field.annotation is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=field.description)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=not_given, help=text)
         elif name == "taps":
-            group.add_argument(flag, nargs="+", metavar="N", default=default, help=field.description)
+            group.add_argument(flag, nargs="+", metavar="N", default=not_given, help=text)
         else:
-            group.add_argument(flag, metavar=name.split("_")[-1].upper(), default=default, help=field.description)
+            group.add_argument(flag, metavar=name.split("_")[-1].upper(), default=not_given, help=text)
 
 
 def resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
@@ -112,6 +119,8 @@ def resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
         recipe = "digits" if options.get("data", "digits") == "digits" else "paper"
     settings = _read(recipe)
     by_data = settings.pop("by_data", {})
+    if not isinstance(by_data, dict) or not all(isinstance(part, dict) for part in by_data.values()):
+        raise InterflowError(f"recipe {recipe}: by_data must map names of data sets to settings.")
     data = options.get("data", settings.get("data", "digits"))
     return _validate(settings | by_data.get(data, {}) | options, f"recipe {recipe} with the options given")
 
@@ -141,7 +150,9 @@ def _validate(settings: dict[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
+        if not first["loc"]:
+            raise InterflowError(f"{source}: {first['msg'].removeprefix('Value error, ')}.") from error
+        name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise InterflowError(f"{source}: there is no setting {name!r}; see --help for those there are.") from error
         raise InterflowError(f"{source}: {name} is {first['input']!r}: {first['msg']}.") from error

@@ -4,15 +4,19 @@ import csv
 import io
 import itertools
 import json
+import shlex
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from model.contract import InterflowError, ModelCard
 from training.files import write_text
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe
 
 RUNS = Path("runs")
 
@@ -26,7 +30,7 @@ class Run:
     ::
 
         recipe.yaml              the resolved configuration
-        metrics.csv              a row an epoch
+        metrics.csv              one row per epoch
         tensorboard/             the same
         checkpoint.safetensors   the state to resume from
         card.json                the model card; its being there says that the run is finished
@@ -45,17 +49,25 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe) -> "Run":
-        """Make the folder and save the recipe in it."""
+    @contextmanager
+    def create(cls, folder: Path, recipe: Recipe) -> Iterator["Run"]:
+        """Make the folder and save the recipe in it; other processes are kept out while the context lasts.
+
+        Raises:
+            InterflowError: another process has put a run there meanwhile.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
-        run.lock()
-        write_text(run.recipe, recipe.to_yaml())
-        return run
+        with run._locked():
+            if run.recipe.exists():
+                raise InterflowError(f"{folder}: another process has begun a run there meanwhile; start again.")
+            write_text(run.recipe, recipe.to_yaml())
+            yield run
 
     @classmethod
-    def open(cls, folder: Path) -> tuple["Run", Recipe]:
-        """Open a run to go on with it.
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator["Run"]:
+        """Open a run to go on with it; other processes are kept out while the context lasts.
 
         Raises:
             InterflowError: not a run's folder, or another process has it.
@@ -65,21 +77,26 @@ class Run:
             raise InterflowError(
                 f"{folder}: not a run's folder (no {run.recipe.name}); give --resume one below {RUNS}/."
             )
-        run.lock()
-        for leftover in folder.glob(".*-[0-9]*.*"):  # half-written, by a process that was killed
-            leftover.unlink()
-        return run, load_recipe(run.recipe)
+        with run._locked():
+            for leftover in folder.glob(".*-[0-9]*.*"):  # half-written, by a process that was killed
+                leftover.unlink()
+            yield run
 
-    def lock(self) -> None:
-        """Keep other processes out until this one ends, however it ends."""
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise InterflowError(f"{self.folder}: another process is training this run.") from error
+        try:
+            yield
+        finally:
+            self._lock.release()
 
-    def unlock(self) -> None:
-        """Let other processes in."""
-        self._lock.release()
+    @property
+    def resume_command(self) -> str:
+        """What a user types to go on with the run."""
+        return f"python training/train.py --resume {shlex.quote(str(self.folder))}"
 
     def history(self) -> list[Row]:
         """The epochs so far."""
@@ -96,6 +113,17 @@ class Run:
         writer.writerows(rows)
         write_text(self.metrics, text.getvalue())
 
+    def load_samples(self) -> np.ndarray:
+        """The test images kept with the run, uint8 (20, height, width, channels).
+
+        Raises:
+            InterflowError: they are missing or damaged.
+        """
+        try:
+            return np.load(self.samples, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InterflowError(f"{self.samples}: cannot be read ({error}); train the run again.") from error
+
     def finished_card(self) -> ModelCard:
         """The card of a finished run.
 
@@ -105,10 +133,7 @@ class Run:
         if not self.recipe.is_file():
             raise InterflowError(f"{self.folder}: not a run's folder (no {self.recipe.name}); train one first.")
         if not self.card.is_file():
-            raise InterflowError(
-                f"{self.folder}: the run is not finished; finish it with "
-                f"`python training/train.py --resume {self.folder}`."
-            )
+            raise InterflowError(f"{self.folder}: the run is not finished; finish it with `{self.resume_command}`.")
         return ModelCard.from_json(self.card.read_bytes(), self.card)
 
 
@@ -136,9 +161,7 @@ def newest_finished(runs: Path = RUNS) -> Run:
     finished = [Run(path.parent) for path in runs.glob("*/card.json")]
     if not finished:
         begun = sorted(path.parent for path in runs.glob("*/recipe.yaml"))
-        how = (
-            f"finish {begun[-1]} with `--resume {begun[-1]}`" if begun else "train one with `python training/train.py`"
-        )
+        how = f"finish one with `{Run(begun[-1]).resume_command}`" if begun else "train one: `python training/train.py`"
         raise InterflowError(f"no finished run below {runs}/; {how}.")
     return max(finished, key=lambda run: run.finished_card().provenance.created)
 

@@ -12,10 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model.contract import InputSpec, InterflowError
-from model.images import read_input
+from model.images import MOST_PIXELS, ImageError, read_input
 
 SPLIT_SEED = 0
 """Of what is held out. Fixed, so that runs with other seeds compare."""
+
+
+def read_file(path: Path, spec: InputSpec) -> np.ndarray:
+    """An image file as uint8 (height, width, channels), however many pixels it has; an ImageError names the file."""
+    try:
+        return read_input(path, spec, MOST_PIXELS)
+    except (ImageError, OSError) as error:
+        raise ImageError(f"{path}: {error}") from error
 
 
 class FolderImages(Dataset[Tensor]):
@@ -28,9 +36,12 @@ class FolderImages(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (n, height, width, channels)."""
-        return torch.from_numpy(np.stack([read_input(self.paths[i], self.spec) for i in indices]))
+    def __getitems__(self, indices: Sequence[int]) -> Tensor | InterflowError:
+        """uint8 (n, height, width, channels), or what went wrong: a worker's exceptions arrive as pages of text."""
+        try:
+            return torch.from_numpy(np.stack([read_file(self.paths[i], self.spec) for i in indices]))
+        except InterflowError as error:
+            return error
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,15 @@ def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float) -> tup
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def fetch(source: Any, order: Sequence[Tensor], workers: int) -> Iterator[Any]:
-    """Items of a tensor, or of a data set through worker processes, for each tensor of indices."""
+def fetch(source: Tensor | Dataset[Any], order: Sequence[Tensor], workers: int) -> Iterator[Any]:
+    """Items of a tensor, or of a data set through `workers` processes, for each tensor of indices in `order`.
+
+    Raises:
+        InterflowError: what the data set returned in the place of items.
+    """
     if isinstance(source, Tensor):
-        return (source[indices] for indices in order)
+        yield from (source[indices] for indices in order)
+        return
     loader = DataLoader(
         source,
         batch_sampler=[indices.tolist() for indices in order],
@@ -89,7 +105,10 @@ def fetch(source: Any, order: Sequence[Tensor], workers: int) -> Iterator[Any]:
         worker_init_fn=_leave_ctrl_c_to_the_parent,
         generator=torch.Generator(),  # or it would draw from torch's own, and a resumed run would differ
     )
-    return iter(loader)
+    for items in loader:
+        if isinstance(items, InterflowError):
+            raise items
+        yield items
 
 
 def _as_it_is(batch: Any) -> Any:

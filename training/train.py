@@ -1,17 +1,20 @@
 """Train a network: `python training/train.py --help`."""
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from model.contract import ModelCard
 from model.interflow import Interflow
 from model.registry import create_model
 from training import cli
 from training.data import ImageData, load_data
-from training.finish import finish, summary
+from training.finish import finish
 from training.loop import StoppedError, choose_device, train
-from training.recipe import Recipe, add_recipe_options, resolve_recipe
+from training.recipe import Recipe, add_recipe_options, load_recipe, resolve_recipe
 from training.run import Run, choose_folder
 
 
@@ -28,33 +31,42 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     out, resume, named = (options.pop(name) for name in ("out", "resume", "recipe"))
 
-    if resume:
-        if options or out or named:
-            parser.error("--resume goes on with the run's own recipe; give no other option")
-        run, recipe = Run.open(resume)
-        if run.card.is_file():
-            print(f"{run.folder} is finished already.")
-            return 0
-    else:
-        recipe = resolve_recipe(named, options)
-        folder = choose_folder(out, recipe)
-    device = choose_device(recipe.device)
-    print(recipe.to_yaml())
-    data = load_data(recipe)
-    network = build_network(recipe, data)
-    if not resume:
-        run = Run.create(folder, recipe)
+    if resume and (options or out or named):
+        parser.error("--resume goes on with the run's own recipe; give no other option")
+    with ExitStack() as held:
+        if resume:
+            run = held.enter_context(Run.open(resume))
+            recipe = load_recipe(run.recipe)
+            if run.card.is_file():
+                print(f"{run.folder} is finished already.")
+                return 0
+        else:
+            recipe = resolve_recipe(named, options)
+            folder = choose_folder(out, recipe)
+        device = choose_device(recipe.device)
+        print(recipe.to_yaml())
+        data = load_data(recipe)
+        network = build_network(recipe, data)
+        if not resume:  # now that nothing is left to refuse
+            run = held.enter_context(Run.create(folder, recipe))
+        return _train(network, data, recipe, run, device)
+
+
+def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> int:
     held_out = len(data.val) if data.val else 0
     print(
         f"{data.name}: {len(data.train)} images to train on, {held_out} held out, {len(data.test)} for test, "
         f"{len(data.classes)} classes; {sum(p.numel() for p in network.parameters()):,} parameters on {device}"
     )
+    if recipe.schedule == "step" and recipe.drop_epochs >= recipe.epochs:
+        print(f"note: all {recipe.epochs} epochs are at a tenth of the rate; --drop-epochs says how many of the last.")
     try:
         train(network, data, recipe, run, device)
-    except StoppedError as stopped:
-        print(f"\n{stopped} Go on with: python training/train.py --resume {run.folder}")
+        card = finish(network, data, recipe, run)
+    except (StoppedError, KeyboardInterrupt):
+        print(f"\nstopped; the state is saved. Go on with: {run.resume_command}")
         return cli.INTERRUPTED
-    print(summary(finish(network, data, recipe, run)))
+    print(summary(card))
     print(f"finished: {run.folder}")
     return 0
 
@@ -72,6 +84,19 @@ def build_network(recipe: Recipe, data: ImageData) -> Interflow:
         taps=recipe.taps,
         shared_heads=recipe.shared_heads,
     )
+
+
+def summary(card: ModelCard) -> str:
+    """The card's figures as a table for people."""
+    lines = [
+        f"test: {card.metrics.accuracy:.2%} of {card.metrics.images} images right, ECE {card.metrics.ece:.2%}",
+        f"{'stage':<10}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
+    ]
+    for stage, accuracy, importance, weights in zip(
+        card.stages, card.metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
+    ):
+        lines.append(f"{stage.name:<10}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

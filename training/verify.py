@@ -3,6 +3,7 @@
 import numpy as np
 import onnxruntime
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, LOGITS, InterflowError, ModelCard, branch_map_name
@@ -17,18 +18,19 @@ class VerificationError(InterflowError):
     """The artefact does not hold what it promises; it is not written."""
 
 
-def verify(model: bytes, card: ModelCard, network: Interflow, samples: np.ndarray) -> float:
+def verify(model: bytes, card: ModelCard, network: Interflow, tensors: dict[str, Tensor], samples: np.ndarray) -> float:
     """Run the graph on real images and compare every output, at batches of 1, 2 and 17.
 
     Checked: the graph's signature is the card's; ONNX = PyTorch; the fused logits are the weighted sum of the branch
-    logits; these are the means of the class maps; and all three equal pooling, linear layer and sum done independently,
-    in float64, on the backbone's features and the heads' tensors. (The graph holds the identities by how it is built,
-    so that the graph alone would prove nothing.)
+    logits; these are the means of the class maps; and all equal pooling, linear layer and sum done independently, in
+    float64, on the backbone's features with the checkpoint's tensors and the card's weights. (The graph holds the
+    identities by how it is built, so that the graph alone would prove nothing.)
 
     Args:
         model: the serialised graph.
         card: describes it.
         network: the trained network, in evaluation mode on the CPU.
+        tensors: the network's, by name, as the checkpoint holds them.
         samples: uint8 (20 or more, height, width, channels).
 
     Returns:
@@ -57,7 +59,7 @@ def verify(model: bytes, card: ModelCard, network: Interflow, samples: np.ndarra
         for reference, outputs in (
             ("PyTorch", _by_pytorch(network, card, images)),
             ("the sums of its own outputs", _by_identity(served, card)),
-            ("pooling, linear layer and sum in float64", _by_hand(network, card, images)),
+            ("pooling, linear layer and sum in float64", _by_hand(network, tensors, card, images)),
         ):
             for name, expected_values in outputs.items():
                 scale = max(1.0, float(np.abs(expected_values).max()))
@@ -90,21 +92,23 @@ def _by_identity(served: dict[str, np.ndarray], card: ModelCard) -> dict[str, np
 
 
 @torch.inference_mode()
-def _by_hand(network: Interflow, card: ModelCard, images: np.ndarray) -> dict[str, np.ndarray]:
+def _by_hand(
+    network: Interflow, tensors: dict[str, Tensor], card: ModelCard, images: np.ndarray
+) -> dict[str, np.ndarray]:
     pixels = torch.from_numpy(images)
     features = network.backbone(Normalize(card.input.mean, card.input.std)(pixels))
-    tensors = {name: tensor.double() for name, tensor in network.state_dict().items()}
     branch_logits = torch.stack(
         [
             functional.linear(
                 feature.double().mean(dim=(2, 3)),
-                tensors[f"heads.{head}.weight"].flatten(1),
-                tensors[f"heads.{head}.bias"],
+                tensors[f"heads.{head}.weight"].double().flatten(1),
+                tensors[f"heads.{head}.bias"].double(),
             )
             for head, feature in zip(network.head_names, features, strict=True)
         ],
         dim=1,
     )
-    weights = tensors["attention.weight"].expand(len(card.stages), len(card.classes))
+    weights = torch.tensor(card.branch_weights, dtype=torch.float64)
     fused = torch.einsum("bk,nbk->nk", weights, branch_logits)
-    return {LOGITS: fused.numpy(), BRANCH_LOGITS: branch_logits.numpy()}
+    every_image = weights.expand(len(images), -1, -1)
+    return {LOGITS: fused.numpy(), BRANCH_LOGITS: branch_logits.numpy(), BRANCH_WEIGHTS: every_image.numpy()}

@@ -8,7 +8,7 @@ import numpy as np
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from app.answers import judge
+from app.answers import interpret
 from app.errors import problem_responses
 from app.repository import Repository
 from app.routes.models import ModelQuery
@@ -44,11 +44,11 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     )
     decoded = time.perf_counter()
     inferred = await model.inference.infer(pixels[np.newaxis])
-    verdict = judge(model.card, inferred.outputs, 0, query.top_k)
+    interpretation = interpret(model.card, inferred.outputs, 0, query.top_k)
     return Answer(
         request_id=request.state.request_id,
         model=model.ref,
-        **verdict._asdict(),
+        **interpretation._asdict(),
         timing_ms=Timing(
             decode=1e3 * (decoded - received),
             queue=inferred.queue_ms,

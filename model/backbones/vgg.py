@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.backbones.stage import Stage
 from model.contract import InterflowError
+from model.initialization import xavier
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the 13 convolutions. The first of blocks 2 to 5 has stride 2, in the place of the pooling before it."""
@@ -26,7 +27,7 @@ class VGG16(nn.Module):
         in_channels: of the image.
         depth: convolutions kept, 4 to 13.
         width: multiplier of every layer's channels.
-        branches: how many stages the method asks for; 1 taps the last convolution.
+        branches: how many stages the method asks for, 1, 4 or 7; 1 taps the last convolution.
         taps: convolutions to tap instead, ascending; the last must be `depth`.
 
     Raises:
@@ -61,11 +62,12 @@ class VGG16(nn.Module):
             )
             if layer in self.taps:
                 self.stages.append(Stage(f"conv{layer}", layer, channels))
+        self.apply(xavier)
 
     def _choose_taps(self, branches: int, taps: Sequence[int] | None) -> tuple[int, ...]:
         if taps is None:
-            taps = (self.depth,) if branches == 1 else TAPS.get(branches, ())
-            if not taps or taps[-1] != self.depth:
+            taps = (self.depth,) if branches == 1 else TAPS[branches]
+            if taps[-1] != self.depth:
                 raise InterflowError(
                     f"{branches} branches tap convolutions {', '.join(map(str, taps))}, but the depth is {self.depth}; "
                     f"choose the taps (up to {self.depth}, the last one {self.depth}), or depth {DEPTHS[-1]}."

@@ -155,17 +155,25 @@ def colours() -> Iterator[httpx2.Client]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Iterator[httpx2.Client]:
+def digits(only_bundled: Path) -> Iterator[httpx2.Client]:
     """A client of a server of the bundled models, as a user starts it."""
-    with _serve(create_app(Settings(exports=ROOT / "exports", model="digits"))) as client:
+    with _serve(create_app(Settings(exports=only_bundled))) as client:
         yield client
 
 
+@pytest.fixture(scope="session")
+def only_bundled(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the bundled artefact alone, whatever else this checkout has exported."""
+    exports = tmp_path_factory.mktemp("bundled")
+    shutil.copytree(bundled, exports / "digits" / "1")
+    return exports
+
+
 @pytest.fixture
-def artefact(tmp_path: Path) -> Path:
+def artefact(tmp_path: Path, bundled: Path) -> Path:
     """A copy of the bundled artefact, free to be broken: `<tmp_path>/exports/digits/1`."""
     folder = tmp_path / "exports" / "digits" / "1"
-    shutil.copytree(ROOT / "exports" / "digits" / "1", folder)
+    shutil.copytree(bundled, folder)
     return folder
 
 
@@ -209,11 +217,11 @@ def logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., subprocess.Popen]:
+def start(only_bundled: Path) -> Callable[..., subprocess.Popen]:
     """Starts `python -m app` with the given arguments and INTERFLOW_ settings, on a free port by default."""
 
     def run(*arguments: str, **settings: object) -> subprocess.Popen:
-        chosen = {"port": 0, "exports": ROOT / "exports"} | settings
+        chosen = {"port": 0, "exports": only_bundled} | settings
         environment = os.environ | {PREFIX + name.upper(): str(value) for name, value in chosen.items()}
         return subprocess.Popen(
             [sys.executable, "-m", "app", *arguments],

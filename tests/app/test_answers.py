@@ -5,7 +5,7 @@ from math import exp
 import numpy as np
 import pytest
 
-from app.answers import judge
+from app.answers import interpret
 from app.errors import InferenceError
 from app.inference import Outputs
 
@@ -24,7 +24,7 @@ def outputs():
 
 def test_answer_of_a_red_image(colour_card, outputs):
     """Fused logits (4, 0.5, 0) over temperature 2; evidence for red 2/3, 2 and -1/6."""
-    prediction, top_k, stages, agreement = judge(colour_card(), outputs, image=1, top_k=3)
+    prediction, top_k, stages, agreement = interpret(colour_card(), outputs, image=1, top_k=3)
     total = exp(2) + exp(0.25) + 1
     assert [(p.label, p.index) for p in top_k] == [("red", 0), ("green", 1), ("blue", 2)]
     assert [p.confidence for p in top_k] == pytest.approx([exp(2) / total, exp(0.25) / total, 1 / total])
@@ -43,15 +43,15 @@ def test_answer_of_a_red_image(colour_card, outputs):
 
 
 def test_each_image_of_a_batch_gets_its_own_answer(colour_card, outputs):
-    assert judge(colour_card(), outputs, image=0, top_k=1).prediction.label == "green"
-    assert judge(colour_card(), outputs, image=1, top_k=1).prediction.label == "red"
+    assert interpret(colour_card(), outputs, image=0, top_k=1).prediction.label == "green"
+    assert interpret(colour_card(), outputs, image=1, top_k=1).prediction.label == "red"
 
 
 @pytest.mark.parametrize(("top_k", "listed"), [(1, 1), (2, 2), (3, 3), (10**30, 3)])
 def test_top_k_is_clipped_to_the_classes(colour_card, outputs, top_k, listed):
-    verdict = judge(colour_card(), outputs, 1, top_k)
-    assert len(verdict.top_k) == listed
-    assert [len(stage.top_k) for stage in verdict.stages] == [listed] * 3
+    interpretation = interpret(colour_card(), outputs, 1, top_k)
+    assert len(interpretation.top_k) == listed
+    assert [len(stage.top_k) for stage in interpretation.stages] == [listed] * 3
 
 
 def test_nothing_but_the_weight_changes_when_a_branch_is_turned_and_scaled(colour_card, outputs):
@@ -60,8 +60,8 @@ def test_nothing_but_the_weight_changes_when_a_branch_is_turned_and_scaled(colou
     card = colour_card()
     scales = (np.asarray(card.reading_scales) / factor).tolist()
     turned = Outputs(outputs.logits, outputs.branch_logits * factor, outputs.branch_weights / factor)
-    before = judge(card, outputs, 1, 3)
-    after = judge(card.model_copy(update={"reading_scales": scales}), turned, 1, 3)
+    before = interpret(card, outputs, 1, 3)
+    after = interpret(card.model_copy(update={"reading_scales": scales}), turned, 1, 3)
     for stage, other in zip(before.stages, after.stages, strict=True):
         assert other.weight != stage.weight
         assert other.model_copy(update={"weight": stage.weight}) == stage
@@ -73,5 +73,5 @@ def test_nothing_but_the_weight_changes_when_a_branch_is_turned_and_scaled(colou
 def test_numbers_that_are_not_finite_are_refused(colour_card, outputs, field, value):
     getattr(outputs, field)[1].flat[0] = value
     with pytest.raises(InferenceError, match="not finite"):
-        judge(colour_card(), outputs, 1, 3)
-    assert judge(colour_card(), outputs, 0, 1).prediction.label == "green"  # the other image is none the worse
+        interpret(colour_card(), outputs, 1, 3)
+    assert interpret(colour_card(), outputs, 0, 1).prediction.label == "green"  # the other image is none the worse

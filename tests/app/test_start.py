@@ -1,5 +1,6 @@
 """`python -m app` as a process: what it says, what it refuses, and how it ends."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -99,15 +100,18 @@ def test_arguments_are_refused(start):
     assert "unrecognized arguments: --port 80" in errors
 
 
-def test_uvicorns_own_start_works():
-    """`uvicorn app.main:app` finds the bundled model in the working directory."""
+def test_uvicorns_own_start_works(only_bundled):
+    """`uvicorn app.main:app` serves as `python -m app` does."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "Uvicorn running" in line:
-            break
-    assert httpx2.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
-    process.terminate()
-    process.communicate(timeout=60)
+    environment = os.environ | {"INTERFLOW_EXPORTS": str(only_bundled)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stderr:
+            if "Uvicorn running" in line:
+                break
+        assert httpx2.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code == 200
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

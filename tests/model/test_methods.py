@@ -16,9 +16,9 @@ def test_the_eleven_methods_are_those_of_table_ii():
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS.values() if m.initial_weights])
-def test_fixed_weights_are_one_a_branch_and_sum_to_one(method):
-    assert len(method.initial_weights) == method.branches
-    assert sum(method.initial_weights) == pytest.approx(1)
+def test_fixed_weights_are_those_of_the_paper(method):
+    expected = {1: (1,), 4: (0.1, 0.2, 0.3, 0.4), 7: (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.2)}
+    assert method.initial_weights == expected[method.branches]
 
 
 def test_names_are_found_in_any_case_and_unknown_ones_are_answered_with_the_list():

@@ -64,6 +64,14 @@ def test_a_branch_that_never_varies_keeps_its_weight():
     assert fit_reading_scales(predictions, per_class=False).tolist() == [[0.4] * 3]
 
 
+def test_a_class_that_never_varies_keeps_its_weight_and_no_other_does():
+    logits, labels = sampled(2.0)
+    logits[:, 1] = 0
+    found = fit_reading_scales(Predictions(logits[:, None], np.full((1, 5), 0.7), labels), per_class=True)
+    assert found[0, 1] == 0.7
+    assert (found[0, [0, 2, 3, 4]] > 1).all()
+
+
 def test_temperature_calibrates_and_never_changes_the_ranking():
     logits, labels = sampled(0.5)
     predictions = Predictions(logits[:, None] * 4, np.ones((1, 5)), labels)  # eight times too sure
@@ -142,7 +150,7 @@ def assert_the_same(before, after):
 
 @torch.no_grad()
 def rescale_head(network, name, factor):
-    """Multiply a head by `factor` (a number, or one a class), and divide the weights of all its branches."""
+    """Multiply a head by `factor` (a number, or one per class), and divide the weights of all its branches."""
     head = network.heads[name]
     factor = torch.as_tensor(factor).expand(10)
     head.weight.mul_(factor[:, None, None, None])

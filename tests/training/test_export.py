@@ -57,10 +57,42 @@ def test_any_batch_gives_each_image_its_own_answer(exported, trained_run, batch,
         np.testing.assert_allclose(together[i], np.concatenate([s[i] for s in singles]), atol=1e-5, err_msg=name)
 
 
-def network_of(run, card):
-    network = create_model("vgg16", method="S3", in_channels=1, width=card.backbone.width, taps=(4, 7, 10, 13)).eval()
-    load_network(run / "checkpoint.safetensors", network)
-    return network
+def loaded(run, card):
+    network = artefact.network_of(card)
+    return network, load_network(run / "checkpoint.safetensors", network)
+
+
+@pytest.mark.parametrize("method", ["normal", "S0", "S1", "S3", "S9"])
+@pytest.mark.parametrize(("channels", "shared_heads"), [(3, False), (1, True)])
+def test_every_kind_of_network_is_exported_exactly(method, channels, shared_heads, card, photographs):
+    network = create_model(
+        "vgg16", method=method, num_classes=3, in_channels=channels, width=0.05, shared_heads=shared_heads
+    ).eval()
+    sizes = {7: (7, 9), 8: (4, 5)}  # of an input of 28 x 36
+    fields = {
+        "classes": ("a", "b", "c"),
+        "input": card.input.model_copy(
+            update={
+                "height": 28,
+                "width": 36,
+                "channels": channels,
+                "mean": (0.4,) * channels,
+                "std": (0.2,) * channels,
+            }
+        ),
+        "stages": tuple(
+            card.stages[0].model_copy(
+                update={"depth": s.depth, "map_size": sizes.get(s.depth, (4, 5) if s.depth < 11 else (2, 3))}
+            )
+            for s in network.stages
+        ),
+        "branch_weights": tuple(map(tuple, network.attention.matrix().tolist())),
+    }
+    card = card.model_copy(update=fields)
+    pictures = [read_input(path, card.input) for path in photographs.values()]
+    samples = np.resize(np.stack(pictures), (20, 28, 36, channels))
+    model = artefact.to_onnx(network, card)
+    assert verify(model, card, network, network.state_dict(), samples) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -69,9 +101,9 @@ def network_of(run, card):
 )
 def test_a_graph_that_differs_from_the_network_is_not_let_through(exported, trained_run, card, harm):
     model = onnx.load(exported / "digits" / "1" / "model.onnx")
-    network = network_of(trained_run, card)
+    network, weights = loaded(trained_run, card)
     samples = np.load(trained_run / "samples.npy")
-    assert verify(model.SerializeToString(), card, network, samples) < 1e-4
+    assert verify(model.SerializeToString(), card, network, weights, samples) < 1e-4
     tensors = {t.name: t for t in model.graph.initializer}
 
     def nudge(match, amount=0.01):
@@ -98,23 +130,28 @@ def test_a_graph_that_differs_from_the_network_is_not_let_through(exported, trai
             node.input[:] = ["other" if name == "branch_map_2" else name for name in node.input]
         model.graph.output[5].name = "other"
     with pytest.raises(VerificationError):
-        verify(model.SerializeToString(), card, network, samples)
+        verify(model.SerializeToString(), card, network, weights, samples)
 
 
-def test_versions_count_up_and_one_that_is_there_is_kept(exported, trained_run, tmp_path):
+def test_versions_count_up_and_one_that_is_there_is_kept(exported, trained_run, tmp_path, card):
+    first = card
     shutil.copytree(exported, tmp_path / "exports")
     arguments = ["--run", str(trained_run), "--out", str(tmp_path / "exports")]
     assert main(arguments) == 0
     assert (tmp_path / "exports" / "digits" / "2" / "model.onnx").is_file()
     card = ModelCard.from_json((tmp_path / "exports" / "digits" / "2" / "model.json").read_bytes(), "card")
     assert (card.name, card.version) == ("digits", "2")
+    assert card.provenance.created > first.provenance.created  # the server's default is the one exported last
     before = (tmp_path / "exports" / "digits" / "1" / "model.onnx").read_bytes()
     with pytest.raises(InterflowError, match=r"digits/1 is there already"):
         main([*arguments, "--version", "1"])
     assert (tmp_path / "exports" / "digits" / "1" / "model.onnx").read_bytes() == before
-    for name in ("../digits", ".x", ""):
-        with pytest.raises(InterflowError, match="name"):
-            main([*arguments, "--name", name or " "])
+    for name in ("../digits", ".x", "", "a\n"):
+        with pytest.raises(InterflowError, match=r"--name .*expected letters"):
+            main([*arguments, "--name", name])
+    for version in ("0", "two", "1\n", "-1"):
+        with pytest.raises(InterflowError, match="expected a whole number"):
+            main([*arguments, f"--version={version}"])
 
 
 @pytest.mark.parametrize(
@@ -182,6 +219,6 @@ def test_a_photograph_of_another_size_says_the_same_in_pytorch_and_onnx(exported
     session = onnxruntime.InferenceSession(exported / "digits" / "1" / "model.onnx")
     (served,) = session.run(["logits"], {"image": pixels})
     with torch.inference_mode():
-        network = network_of(trained_run, card)
+        network, _ = loaded(trained_run, card)
         expected = network(Normalize(card.input.mean, card.input.std)(torch.from_numpy(pixels))).logits
     np.testing.assert_allclose(served, expected, atol=1e-4)

@@ -8,11 +8,11 @@ from torch.nn import functional
 from model.contract import InterflowError
 from model.interflow import InterflowOutput
 from training.loop import choose_device, learning_rate, training_loss
-from training.recipe import Recipe
+from training.recipe import Recipe, resolve_recipe
 
 
 def test_the_papers_rate_drops_to_a_tenth_for_the_last_twenty_epochs():
-    recipe = Recipe(epochs=100, lr=1e-3)
+    recipe = resolve_recipe("paper", {"data": "cifar10"})
     rates = [learning_rate(recipe, epoch, 0, 10) for epoch in range(100)]
     assert rates[:80] == [1e-3] * 80
     assert rates[80:] == pytest.approx([1e-4] * 20)

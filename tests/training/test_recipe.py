@@ -83,7 +83,7 @@ def test_a_bad_setting_is_named(options, message):
         resolve_recipe("digits", options)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "a: b: c", "just text", "\x00"])
+@pytest.mark.parametrize("content", ["[1, 2]", "a: b: c", "just text", "\x00", "by_data: 3", "by_data: {mnist: 1}"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
     file = tmp_path / "bad.yaml"
     file.write_text(content)

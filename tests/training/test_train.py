@@ -2,10 +2,13 @@
 
 import csv
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from model.contract import InterflowError, ModelCard
+from training import finish, loop, train
+from training.data import load_data
 from training.recipe import load_recipe
 from training.train import main
 
@@ -85,13 +90,13 @@ def test_another_seed_is_another_network(unbroken, tmp_path):
     assert not torch.equal(one["network.attention.weight"], other["network.attention.weight"])
 
 
-def test_killed_in_an_epoch_and_resumed_it_ends_as_if_unbroken(unbroken, tmp_path):
+def test_killed_it_goes_on_and_ends_as_if_unbroken(unbroken, tmp_path):
+    """kill -9 from outside, in the first epoch that is not saved yet."""
     folder = tmp_path / "killed"
     process = start(*SMALL, "--out", folder)
-    while not (folder / "metrics.csv").is_file():  # the first epoch is saved
+    while not (folder / "checkpoint.safetensors").is_file():  # the first epoch is saved
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "card.json").exists()
@@ -101,43 +106,72 @@ def test_killed_in_an_epoch_and_resumed_it_ends_as_if_unbroken(unbroken, tmp_pat
     assert_the_same_end(folder, unbroken)
 
 
-def test_ctrl_c_saves_the_step_and_prints_how_to_go_on(unbroken, tmp_path):
-    folder = tmp_path / "stopped"
-    process = start(*SMALL, "--out", folder, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    for line in process.stdout:
-        if line.startswith("epoch 1"):
-            break
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert f"python training/train.py --resume {folder}" in out
-    assert "Traceback" not in err
-    assert (folder / "checkpoint.safetensors").is_file()
-    status, out, err = finished("--resume", folder)
-    assert status == 0, err
+class Killed(BaseException):
+    """The process ends here; nothing is caught, nothing cleaned up."""
+
+
+def killed_at(monkeypatch, owner, name, call, before=True):
+    """Let the `call`-th call of a function end the process, before or after its work."""
+    whole, calls = getattr(owner, name), 0
+
+    def deadly(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == call and before:
+            raise Killed
+        result = whole(*arguments, **options)
+        if calls == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "before"),
+    [
+        (loop._Training, "_train_step", 1, True),
+        (loop._Training, "_train_step", 10, False),
+        (loop._Training, "_train_step", 42, False),  # the last step of all
+        (loop, "predict", 2, True),
+        (loop, "save_checkpoint", 2, True),  # the history is a row ahead of the checkpoint
+        (loop, "save_checkpoint", 2, False),
+        (finish, "predict", 1, True),
+        (finish, "plot_weights", 1, True),
+        (finish, "write_text", 1, True),
+    ],
+)
+def test_wherever_it_dies_it_goes_on_and_ends_as_if_unbroken(
+    unbroken, tmp_path, monkeypatch, owner, name, call, before
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        killed_at(patch, owner, name, call, before)
+        with pytest.raises(Killed):
+            main([*SMALL, "--out", str(folder)])
+    assert main(["--resume", str(folder)]) == 0
     assert_the_same_end(folder, unbroken)
 
 
-def test_stopped_in_the_middle_of_an_epoch_it_goes_on_from_that_step(unbroken, tmp_path, monkeypatch):
-    from training import loop
-
-    steps = 0
-    whole = loop._Training._train_step
+@pytest.mark.parametrize("step", [1, 20, 21, 30])  # an epoch has 21
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(unbroken, tmp_path, monkeypatch, capsys, step):
+    folder = tmp_path / "run"
+    whole, steps = loop._Training._train_step, 0
 
     def interrupted(self, *arguments):
         nonlocal steps
         whole(self, *arguments)
         steps += 1
-        if steps == 30:  # an epoch has 21
+        if steps == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(loop._Training, "_train_step", interrupted)
-    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 130
-    assert len(rows(tmp_path / "run")) == 1
-    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert main([*SMALL, "--out", str(folder)]) == 130
+    assert f"Go on with: python training/train.py --resume {folder}" in capsys.readouterr().out
+    assert steps == step
+    assert main(["--resume", str(folder)]) == 0
     assert steps == 2 * 21
-    assert_the_same_end(tmp_path / "run", unbroken)
+    assert_the_same_end(folder, unbroken)
 
 
 def test_a_finished_run_is_left_alone(unbroken, capsys):
@@ -149,8 +183,6 @@ def test_a_finished_run_is_left_alone(unbroken, capsys):
 
 def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    from training import loop
-
     good = loop.training_loss
     calls = 0
 
@@ -183,19 +215,10 @@ def test_two_processes_cannot_train_one_run(tmp_path, monkeypatch):
 
 
 def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken):
-    from training import train as train_module
-
     folder = tmp_path / "run"
-    assert main([*SMALL, "--out", str(folder)]) == 0
+    shutil.copytree(unbroken, folder)
     (folder / "card.json").unlink()
-    original = train_module.load_data
-
-    def changed(recipe):
-        from dataclasses import replace
-
-        return replace(original(recipe), fingerprint="another")
-
-    monkeypatch.setattr(train_module, "load_data", changed)
+    monkeypatch.setattr(train, "load_data", lambda recipe: replace(load_data(recipe), fingerprint="another"))
     with pytest.raises(InterflowError, match="not those the run began with"):
         main(["--resume", str(folder)])
 
@@ -213,8 +236,6 @@ def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken)
     ],
 )
 def test_refusals_are_one_sentence_and_leave_no_run(arguments, message, tmp_path):
-    import re
-
     out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
     status, _, err = finished(*arguments, *out)
     assert status == 1
