@@ -23,8 +23,12 @@ CONFIG_FILE = "config.pbtxt"
 
 
 def network_of(card: ModelCard) -> Interflow:
-    """The network that a card describes, in evaluation mode, its weights not loaded yet."""
-    return create_model(
+    """The network that a card describes, in evaluation mode, its weights not loaded yet.
+
+    Raises:
+        InterflowError: there is no such network.
+    """
+    network = create_model(
         card.backbone.name,
         method=card.method.name,
         num_classes=len(card.classes),
@@ -33,7 +37,11 @@ def network_of(card: ModelCard) -> Interflow:
         width=card.backbone.width,
         taps=[stage.depth for stage in card.stages],
         shared_heads=card.method.shared_heads,
-    ).eval()
+    )
+    described = [(stage.name, stage.depth, stage.channels) for stage in card.stages]
+    if described != [(stage.name, stage.depth, stage.channels) for stage in network.stages]:
+        raise InterflowError(f"the card's stages {described} are not those of its network; train the run again.")
+    return network.eval()
 
 
 class ServedNetwork(nn.Module):

@@ -65,8 +65,9 @@ def fit_temperature(predictions: Predictions) -> float:
 
     A network no better than chance has no such T: 1 is returned.
     """
-    scale = float(_fit_scale(predictions.logits, predictions.labels, np.ones(1))[0])
-    return 1 / scale if scale > 1e-3 else 1.0
+    logits = predictions.logits
+    scale = float(_fit_scale(logits, predictions.labels, np.ones(1))[0])
+    return 1 / scale if scale * logits.std() > 1e-3 else 1.0
 
 
 def importance(predictions: Predictions) -> np.ndarray:

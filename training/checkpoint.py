@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise InterflowError(
-            f"{path}: the state could not be saved ({error}). The one before is kept; free the disk, then --resume."
+            f"{path}: the state could not be saved ({error}). What was saved before is kept. Free the disk, --resume."
         ) from error
 
 

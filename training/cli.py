@@ -14,10 +14,14 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except InterflowError as error:
-        sys.exit(f"error: {error}")
+        refusal = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}.")
+        refusal = f"{error.filename}: {error.strerror}." if error.filename else f"{error}."
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        refusal = "out of memory; lower --batch-size, --image-size or --width."
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    sys.exit(f"error: {' '.join(refusal.split())}")

@@ -4,6 +4,7 @@ Every image comes through `model/images.py`, as it does in the server.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from model.contract import InputSpec, InterflowError
 from model.images import to_input
-from training.folders import HELD_OUT_TEST, TRAIN, FoundSet, read_folder
+from training.folders import HELD_OUT_TEST, TEST, TRAIN, FoundSet, read_folder
 from training.recipe import Recipe
 from training.splits import Split, stratified
 
@@ -81,6 +82,10 @@ def load_data(recipe: Recipe) -> ImageData:
         spec = _spec(recipe, named.size, named.channels)
         root = recipe.data_dir / recipe.data
         if (root / TRAIN).is_dir():
+            if not (root / TEST[0]).is_dir():
+                raise InterflowError(
+                    f"{root} has {TRAIN}/ but no {TEST[0]}/; unpack both, or remove it to download the set."
+                )
             found = read_folder(root, spec, recipe)
             if named.classes and found.classes == tuple(str(i) for i in range(len(named.classes))):
                 found = replace(found, classes=named.classes)
@@ -90,7 +95,7 @@ def load_data(recipe: Recipe) -> ImageData:
         root = Path(recipe.data)
         spec = _spec(recipe, FOLDER_SIZE, FOLDER_CHANNELS)
         found = read_folder(root, spec, recipe)
-        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in root.resolve().name).lstrip("._-") or "images"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().name).strip("._-") or "images"
 
     for name_of_class, count in zip(
         found.classes, found.test.labels.bincount(minlength=len(found.classes)), strict=True
@@ -122,19 +127,21 @@ def _spec(recipe: Recipe, size: int, channels: int) -> InputSpec:
 
 
 def _statistics(split: Split, workers: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and deviation of a split's pixels, scaled to 0..1."""
+    """Per-channel mean and deviation of pixels scaled to 0..1; a channel that never varies gets the deviation 1."""
     count = len(split) if isinstance(split.images, Tensor) else min(len(split), STATISTICS_SAMPLE)
     sample = torch.linspace(0, len(split) - 1, count).long()
-    pixels, total, square = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for images, _ in split.batches(sample.split(512), workers):
-        values = images.to(torch.float64).flatten(0, 2) / 255
-        pixels += len(values)
-        total = total + values.sum(0)
-        square = square + values.square().sum(0)
-    mean = total / pixels
-    std = (square / pixels - mean.square()).clamp_min(0).sqrt()
-    if not std.gt(1e-4).all():
+    histograms = sum(
+        torch.stack([images[..., channel].flatten().bincount(minlength=256) for channel in range(images.shape[-1])])
+        for images, _ in split.batches(sample.split(64), workers)
+    )
+    assert isinstance(histograms, Tensor)  # noqa: S101 - no split is empty
+    shares = histograms.double() / histograms.sum(dim=1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (shares * values).sum(dim=1)
+    variance = (shares * (values - mean[:, None]).square()).sum(dim=1)
+    if not variance.any():
         raise InterflowError("the training images are all of one colour; there is nothing to learn from.")
+    std = variance.sqrt().where(variance > 0, torch.ones(1, dtype=torch.float64))
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

@@ -27,13 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.run) if options.run else newest_finished()
     card = _card(run, options.out, options.name, options.version)
     require_fitting(options.out, card)
+    samples = run.load_samples()
     network = network_of(card)
     tensors = load_network(run.checkpoint, network)
     if weights_sha256(network) != card.provenance.weights_sha256:
         raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
 
     model = to_onnx(network, card)
-    difference = verify(model, card, network, tensors, run.load_samples())
+    difference = verify(model, card, network, tensors, samples)
     path = write_artefact(options.out, card, model)
     print(f"{run.folder} -> {path} ({len(model) / 1e6:.1f} MB); checked, largest difference {difference:.1e}")
     return 0

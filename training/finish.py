@@ -15,10 +15,7 @@ from training.files import replacing, write_text
 from training.loop import predict
 from training.plots import plot_accuracy, plot_weights
 from training.recipe import Recipe
-from training.run import Run, git_revision
-
-SAMPLES = 20
-"""Test images kept with the run: batches of 1, 2 and 17 for export to check the artefact with."""
+from training.run import SAMPLES, Run, git_revision
 
 
 def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard:
@@ -26,7 +23,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
 
     Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out.
     """
-    held_out = predict(network, data, data.val or data.train, recipe.workers)
+    held_out = predict(network, data, data.val or data.train, recipe)
     scales = calibration.fit_reading_scales(held_out, per_class=network.method.attention == "class")
     temperature = calibration.fit_temperature(held_out)
     fitted_on = (
@@ -34,7 +31,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
         if data.val
         else f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
     )
-    test = predict(network, data, data.test, recipe.workers)
+    test = predict(network, data, data.test, recipe)
 
     card = ModelCard(
         name=data.name,

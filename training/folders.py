@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -21,8 +20,8 @@ TRAIN, TEST = "train", ("test", "val", "valid", "validation")
 HELD_OUT_TEST = 0.2
 """Of a set that brings no test split."""
 
-IN_MEMORY_BYTES = 2 * 2**30
-"""A larger set is decoded anew each epoch, by worker processes."""
+IN_MEMORY_BYTES = 2**30
+"""A larger set is decoded anew each epoch, by worker processes. (While a set is split there are two copies of it.)"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,11 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
             f"{root}: no such folder. Give --data the name of a set (see --help), or a folder that holds one folder "
             f"of images for each class."
         )
-    has_splits = (root / TRAIN).is_dir()
+    has_splits = (root / TRAIN).is_dir() and any(path.is_dir() for path in (root / TRAIN).iterdir())
     classes, paths, labels = _list_images(root / TRAIN if has_splits else root)
     test_root = next((root / name for name in TEST if has_splits and (root / name).is_dir()), None)
+    if test_root and test_root.name == TEST[0] and any((root / name).is_dir() for name in TEST[1:]):
+        print(f"note: {root} has a validation folder beside {test_root.name}/; it is not used.")
     if test_root is None:
         whole, digest, skipped = _decode(paths, labels, spec, recipe)
         kept, held = stratified(whole.labels, classes, HELD_OUT_TEST)
@@ -79,18 +80,25 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
 
 def _list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    unreadable = [name for name in classes if not name.isprintable()]
+    if unreadable:
+        raise InterflowError(f"{root}: class folder {unreadable[0]!r} has a name that cannot be shown; rename it.")
     if len(classes) < 2:
         found = f"the one class {classes[0]}" if classes else "no class folders"
         raise InterflowError(f"{root}: found {found}; expected one folder of images for each of two or more classes.")
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        of_class = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        of_class = sorted(path for path in (root / name).rglob("*") if _is_image_file(path))
         if not of_class:
             raise InterflowError(f"{root / name}: no images; expected files ending in {', '.join(sorted(SUFFIXES))}.")
         paths += of_class
         labels += [label] * len(of_class)
     return classes, paths, labels
+
+
+def _is_image_file(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recipe) -> tuple[Split, str, int]:
@@ -102,7 +110,7 @@ def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recip
     with tqdm(total=len(paths), desc=f"reading {paths[0].parent.parent}", unit="image", disable=None) as bar:
         batches = fetch(_Checked(paths, spec, keep), order, recipe.workers)
         for (batch, errors, batch_digest), indices in zip(batches, order, strict=True):
-            images.append(batch)
+            images.append(torch.from_numpy(batch))
             digest.update(batch_digest)
             damaged += errors.values()
             good += [i for position, i in enumerate(indices.tolist()) if position not in errors]
@@ -120,13 +128,13 @@ def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recip
     return Split(kept, kept_labels), digest.hexdigest(), len(damaged)
 
 
-class _Checked(Dataset[tuple[Tensor, dict[int, str], bytes]]):
+class _Checked(Dataset[tuple[np.ndarray, dict[int, str], bytes]]):
     """Images of files, the positions and reasons of those that could not be decoded, and a digest of the others."""
 
     def __init__(self, paths: list[Path], spec: InputSpec, keep: bool) -> None:
         self.paths, self.spec, self.keep = paths, spec, keep
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str], bytes]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[np.ndarray, dict[int, str], bytes]:
         images, errors = [], {}
         for position, index in enumerate(indices):
             try:
@@ -136,4 +144,4 @@ class _Checked(Dataset[tuple[Tensor, dict[int, str], bytes]]):
         shape = (len(images), self.spec.height, self.spec.width, self.spec.channels)
         batch = np.stack(images) if images else np.empty(shape, np.uint8)
         digest = hashlib.sha256(batch.tobytes()).digest()
-        return torch.from_numpy(batch if self.keep else batch[:0]), errors, digest
+        return batch if self.keep else batch[:0], errors, digest

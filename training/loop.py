@@ -25,6 +25,7 @@ from training.run import Row, Run
 from training.splits import Split
 
 EVALUATION_BATCH = 256
+"""At most; a small batch size says that memory is short."""
 SAVE_EVERY_S = 300
 """Within an epoch; at its end the state is saved anyway."""
 
@@ -93,17 +94,24 @@ def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device:
 
 
 @torch.inference_mode()
-def predict(network: Interflow, data: ImageData, split: Split, workers: int) -> Predictions:
-    """Branch logits of every image of a split, without augmentation, in evaluation mode."""
+def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -> Predictions:
+    """Branch logits of every image of a split, without augmentation, in evaluation mode.
+
+    Raises:
+        InterflowError: they are not finite.
+    """
     device = next(network.parameters()).device
     normalize = Normalize(data.spec.mean, data.spec.std).to(device)
     network.eval()
     outputs = [
         network(normalize(images.to(device))).branch_logits.float().cpu()
-        for images, _ in split.in_order(EVALUATION_BATCH, workers)
+        for images, _ in split.in_order(min(EVALUATION_BATCH, 4 * recipe.batch_size), recipe.workers)
     ]
+    branch_logits = torch.cat(outputs)
+    if not branch_logits.isfinite().all():
+        raise InterflowError("the network gives numbers that are not finite; train again with a lower --lr.")
     weights = network.attention.matrix().detach().float().cpu()
-    return Predictions(torch.cat(outputs).numpy(), weights.numpy().copy(), split.labels.numpy())
+    return Predictions(branch_logits.numpy(), weights.numpy().copy(), split.labels.numpy())
 
 
 class _Training:
@@ -137,7 +145,7 @@ class _Training:
                 writer.flush()
                 self._save()
                 print(self._describe(row))
-                if stop and self.epoch < self.recipe.epochs:
+                if stop:
                     raise StoppedError
 
     def _train_epoch(self, stop: list[int]) -> int:
@@ -149,7 +157,7 @@ class _Training:
             total=len(order), initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}", unit="step",
             leave=False, disable=None,
         ) as bar:  # fmt: skip
-            for images, labels in self.data.train.batches(order[self.step :], self.recipe.workers):
+            for images, labels in self._remaining_batches(order, stop):
                 self._train_step(images, labels, len(order))
                 self.step += 1
                 trained += len(labels)
@@ -166,6 +174,15 @@ class _Training:
                 if stop:
                     raise StoppedError
         return trained
+
+    def _remaining_batches(self, order: list[Tensor], stop: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            yield from self.data.train.batches(order[self.step :], self.recipe.workers)
+        except InterflowError as error:
+            if not stop:
+                raise
+            self._save()  # the signal to stop has ended the processes that read images, too
+            raise StoppedError from error
 
     def _train_step(self, images: Tensor, labels: Tensor, steps: int) -> None:
         for group in self.optimizer.param_groups:
@@ -207,7 +224,7 @@ class _Training:
         row |= {"train_loss": self._mean(1), "train_accuracy": self._mean(2)}
         row |= {f"train_accuracy/{name}": self._mean(3 + i) for i, name in enumerate(names)}
         if self.data.val:
-            held_out = predict(self.network, self.data, self.data.val, self.recipe.workers)
+            held_out = predict(self.network, self.data, self.data.val, self.recipe)
             accuracies = branch_accuracy(held_out, held_out.branch_weights)
             row["val_accuracy"] = fused_accuracy(held_out)
             row |= {f"val_accuracy/{name}": accuracy for name, accuracy in zip(names, accuracies, strict=True)}
@@ -254,6 +271,8 @@ class _Training:
         self.epoch, self.step = progress.epoch, progress.step
         self.totals.copy_(totals)
         self.rows = self.run.history()[: self.epoch]
+        if len(self.rows) < self.epoch:
+            raise InterflowError(f"{self.run.metrics}: not a whole history of {self.epoch} epochs; begin a new run.")
         self.run.save_history(self.rows)
         print(f"resuming {self.run.folder} at epoch {self.epoch + 1}, step {self.step + 1}")
 

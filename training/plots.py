@@ -1,8 +1,10 @@
 """Curves of a run as pictures."""
 
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from training.files import replacing
 from training.run import Row
@@ -54,5 +56,8 @@ def plot_weights(rows: list[Row], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be called "$"
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # or be written in a script that the font has not
         figure.savefig(temporary, dpi=150)

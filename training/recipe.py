@@ -39,7 +39,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = _setting("data", "digits", "digits, cifar10, cifar100, svhn, mnist, kmnist, fashion_mnist, or a folder")
+    data: Annotated[str, Field(min_length=1)] = _setting(
+        "data", "digits", "digits, cifar10, cifar100, svhn, mnist, kmnist, fashion_mnist, or a folder"
+    )
     data_dir: Path = _setting("data", Path("data"), "where named sets lie, or are downloaded to")
     image_size: Size | None = _setting("data", None, "pixels a side; the set's own, or 64 for a folder")
     channels: Annotated[Literal[1, 3] | None, BeforeValidator(_number)] = _setting(
@@ -53,12 +55,12 @@ class Recipe(BaseModel):
     backbone: str = _setting("network", "vgg16", "name of a registered backbone")
     method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")
     depth: int | None = _setting("network", None, "layers of the backbone; all of them")
-    width: Positive = _setting("network", 1.0, "multiplier of the layers' channels")
+    width: Annotated[float, Field(gt=0, le=64)] = _setting("network", 1.0, "multiplier of the layers' channels")
     taps: tuple[int, ...] | None = _setting("network", None, "layers to tap instead of the method's")
     shared_heads: bool = _setting("network", True, "one linear layer for branches of equal channels")
 
     epochs: Annotated[int, Field(ge=1)] = _setting("training", 100, "passes over the training images")
-    batch_size: Annotated[int, Field(ge=2)] = _setting("training", 64, "images a step")
+    batch_size: Annotated[int, Field(ge=2, le=65536)] = _setting("training", 64, "images a step")
     lr: Positive = _setting("training", 1e-3, "learning rate, at its highest")
     momentum: Annotated[float, Field(ge=0, lt=1)] = _setting("training", 0.95, "of SGD")
     nesterov: bool = _setting("training", False, "Nesterov's momentum")
@@ -67,7 +69,9 @@ class Recipe(BaseModel):
     drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 0, "step: last epochs, at a tenth of the rate")
     warmup: Probability = _setting("training", 0.2, "one_cycle: share of the steps in which the rate rises")
     auxiliary_loss: NonNegative = _setting("training", 0.0, "weight of the loss on every stage's contribution")
-    crop_padding: Annotated[int, Field(ge=0)] = _setting("training", 0, "zeros around an image, then a random crop")
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] = _setting(
+        "training", 0, "zeros around an image, then a random crop"
+    )
     flip: Probability = _setting("training", 0.0, "chance of a mirrored image")
     invert: Probability = _setting("training", 0.0, "chance of an image in negative")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = _setting("training", 0, "of weights, order and augmentation")
@@ -122,7 +126,8 @@ def resolve_recipe(recipe: str | None, options: dict[str, Any]) -> Recipe:
     if not isinstance(by_data, dict) or not all(isinstance(part, dict) for part in by_data.values()):
         raise InterflowError(f"recipe {recipe}: by_data must map names of data sets to settings.")
     data = options.get("data", settings.get("data", "digits"))
-    return _validate(settings | by_data.get(data, {}) | options, f"recipe {recipe} with the options given")
+    mine = by_data.get(data, {}) if isinstance(data, str) else {}
+    return _validate(settings | mine | options, f"recipe {recipe} with the options given")
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -19,6 +19,8 @@ from training.files import write_text
 from training.recipe import Recipe
 
 RUNS = Path("runs")
+SAMPLES = 20
+"""Test images kept with a run: batches of 1, 2 and 17 for export to check the artefact with."""
 
 Row = dict[str, float]
 """One epoch's figures by column name."""
@@ -99,11 +101,18 @@ class Run:
         return f"python training/train.py --resume {shlex.quote(str(self.folder))}"
 
     def history(self) -> list[Row]:
-        """The epochs so far."""
+        """The epochs so far.
+
+        Raises:
+            InterflowError: the file was changed or damaged.
+        """
         if not self.metrics.is_file():
             return []
-        with self.metrics.open(newline="", encoding="utf-8") as file:
-            return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with self.metrics.open(newline="", encoding="utf-8") as file:
+                return [{name: json.loads(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, csv.Error) as error:
+            raise InterflowError(f"{self.metrics}: not the history of a run ({error}); begin a new run.") from error
 
     def save_history(self, rows: list[Row]) -> None:
         """Write all epochs; called after each, so that the file is whole at any moment."""
@@ -120,9 +129,14 @@ class Run:
             InterflowError: they are missing or damaged.
         """
         try:
-            return np.load(self.samples, allow_pickle=False)
+            samples = np.load(self.samples, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InterflowError(f"{self.samples}: cannot be read ({error}); train the run again.") from error
+        spec = self.finished_card().input
+        shape = (SAMPLES, spec.height, spec.width, spec.channels)
+        if (samples.shape, samples.dtype) != (shape, np.uint8):
+            raise InterflowError(f"{self.samples}: not {SAMPLES} images of the network's size; train the run again.")
+        return samples
 
     def finished_card(self) -> ModelCard:
         """The card of a finished run.
@@ -147,7 +161,7 @@ def choose_folder(out: Path | None, recipe: Recipe) -> Path:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(recipe.data).resolve().name}-{recipe.method}-seed{recipe.seed}"
         names = (RUNS / (name if copy == 1 else f"{name}-{copy}") for copy in itertools.count(1))
         return next(folder for folder in names if not folder.exists())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
         raise InterflowError(f"{out} is there already; give --out another folder, or --resume {out}.")
     return out
 

@@ -1,6 +1,6 @@
 """Parts of a data set: images in memory, or as files that worker processes decode, and their labels."""
 
-import signal
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ def read_file(path: Path, spec: InputSpec) -> np.ndarray:
         raise ImageError(f"{path}: {error}") from error
 
 
-class FolderImages(Dataset[Tensor]):
+class FolderImages(Dataset[np.ndarray]):
     """Image files, decoded and resized when they are asked for, many at a time."""
 
     def __init__(self, paths: Sequence[Path], spec: InputSpec) -> None:
@@ -36,10 +36,10 @@ class FolderImages(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> Tensor | InterflowError:
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray | InterflowError:
         """uint8 (n, height, width, channels), or what went wrong: a worker's exceptions arrive as pages of text."""
         try:
-            return torch.from_numpy(np.stack([read_file(self.paths[i], self.spec) for i in indices]))
+            return np.stack([read_file(self.paths[i], self.spec) for i in indices])
         except InterflowError as error:
             return error
 
@@ -56,8 +56,12 @@ class Split:
 
     def batches(self, order: Sequence[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels for each tensor of indices in `order`; files are read ahead by `workers` processes."""
-        for images, indices in zip(fetch(self.images, order, workers), order, strict=True):
-            yield images, self.labels[indices]
+        if isinstance(self.images, Tensor):
+            for indices in order:
+                yield self.images[indices], self.labels[indices]
+        else:
+            for images, indices in zip(fetch(self.images, order, workers), order, strict=True):
+                yield torch.from_numpy(images), self.labels[indices]
 
     def in_order(self, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, in order."""
@@ -72,40 +76,48 @@ class Split:
 
 
 def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float) -> tuple[Tensor, Tensor]:
-    """Split indices in two, holding out `fraction` of each class and at least one image of it."""
+    """Split indices in two, holding out `fraction` of each class: at least one image of it, and never all."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     kept, held = [], []
     for label, name in enumerate(classes):
         members = (labels == label).nonzero().flatten()
         if len(members) < (2 if fraction else 1):
             raise InterflowError(
-                f"class {name} has {len(members)} readable images; holding some out takes at least 2 of every class."
+                f"class {name} is down to {len(members)} readable images, and some are to be held out; it takes 2. "
+                f"Add images, or bring a test folder and give --val-fraction 0."
             )
         members = members[torch.randperm(len(members), generator=generator)]
-        cut = max(1, round(fraction * len(members))) if fraction else 0
+        cut = min(max(1, round(fraction * len(members))), len(members) - 1) if fraction else 0
         held.append(members[:cut])
         kept.append(members[cut:])
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def fetch(source: Tensor | Dataset[Any], order: Sequence[Tensor], workers: int) -> Iterator[Any]:
-    """Items of a tensor, or of a data set through `workers` processes, for each tensor of indices in `order`.
+def fetch(source: Dataset[Any], order: Sequence[Tensor], workers: int) -> Iterator[Any]:
+    """Items of a data set through `workers` processes, for each tensor of indices in `order`.
+
+    What the data set returns should be numpy arrays: tensors would come through shared memory, which is small in a
+    container, with an open file each.
 
     Raises:
-        InterflowError: what the data set returned in the place of items.
+        InterflowError: what the data set returned in the place of items; or a worker was killed.
     """
-    if isinstance(source, Tensor):
-        yield from (source[indices] for indices in order)
-        return
     loader = DataLoader(
         source,
         batch_sampler=[indices.tolist() for indices in order],
         num_workers=min(workers, len(order)),
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_ctrl_c_to_the_parent,
+        worker_init_fn=_leave_the_process_group,
         generator=torch.Generator(),  # or it would draw from torch's own, and a resumed run would differ
     )
-    for items in loader:
+    batches = iter(loader)
+    for _ in order:
+        try:
+            items = next(batches)
+        except RuntimeError as error:  # of torch: a worker died
+            raise InterflowError(
+                f"a process that reads images has died ({error}); is there too little memory?"
+            ) from error
         if isinstance(items, InterflowError):
             raise items
         yield items
@@ -115,5 +127,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_process_group(_worker: int) -> None:
+    if hasattr(os, "setsid"):  # Ctrl-C reaches a whole group, and is for the parent, which stops in good order
+        os.setsid()

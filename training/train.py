@@ -34,19 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     if resume and (options or out or named):
         parser.error("--resume goes on with the run's own recipe; give no other option")
     with ExitStack() as held:
+        if resume and Run(resume).card.is_file():
+            print(f"{resume} is finished already.")
+            return 0
         if resume:
             run = held.enter_context(Run.open(resume))
             recipe = load_recipe(run.recipe)
-            if run.card.is_file():
-                print(f"{run.folder} is finished already.")
-                return 0
         else:
             recipe = resolve_recipe(named, options)
             folder = choose_folder(out, recipe)
         device = choose_device(recipe.device)
         print(recipe.to_yaml())
+        build_network(recipe, num_classes=2, in_channels=1)  # refuses now what it would refuse after the data is read
         data = load_data(recipe)
-        network = build_network(recipe, data)
+        network = build_network(recipe, len(data.classes), data.spec.channels)
         if not resume:  # now that nothing is left to refuse
             run = held.enter_context(Run.create(folder, recipe))
         return _train(network, data, recipe, run, device)
@@ -71,14 +72,14 @@ def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device
     return 0
 
 
-def build_network(recipe: Recipe, data: ImageData) -> Interflow:
-    """The recipe's network for a data set, its weights drawn from the recipe's seed."""
+def build_network(recipe: Recipe, num_classes: int, in_channels: int) -> Interflow:
+    """The recipe's network, its weights drawn from the recipe's seed. Raises as `create_model`."""
     torch.manual_seed(recipe.seed)
     return create_model(
         recipe.backbone,
         method=recipe.method,
-        num_classes=len(data.classes),
-        in_channels=data.spec.channels,
+        num_classes=num_classes,
+        in_channels=in_channels,
         depth=recipe.depth,
         width=recipe.width,
         taps=recipe.taps,

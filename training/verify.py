@@ -43,13 +43,16 @@ def verify(model: bytes, card: ModelCard, network: Interflow, tensors: dict[str,
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     for kind, nodes, expected in (
-        ("inputs", session.get_inputs(), card.inputs),
-        ("outputs", session.get_outputs(), card.outputs),
+        ("input", session.get_inputs(), card.inputs),
+        ("output", session.get_outputs(), card.outputs),
     ):
         found = {node.name: (node.type, [s if isinstance(s, int) else None for s in node.shape]) for node in nodes}
         promised = {name: (_ORT_TYPES[spec.dtype], list(spec.shape)) for name, spec in expected.items()}
-        if found != promised:
-            raise VerificationError(f"the graph's {kind} are {found}; the card promises {promised}.")
+        for name in found | promised:
+            if found.get(name) != promised.get(name):
+                raise VerificationError(
+                    f"the graph's {kind} {name} is {found.get(name)}, but the card promises {promised.get(name)}."
+                )
 
     worst, start = 0.0, 0
     for batch in BATCHES:

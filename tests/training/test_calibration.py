@@ -21,7 +21,7 @@ from training.calibration import (
 )
 from training.data import load_data
 from training.loop import predict
-from training.recipe import resolve_recipe
+from training.recipe import Recipe, resolve_recipe
 
 
 def sampled(scale, count=20_000, classes=5, seed=0):
@@ -79,6 +79,9 @@ def test_temperature_calibrates_and_never_changes_the_ranking():
     assert temperature == pytest.approx(8, rel=0.05)
     assert fused_ece(predictions, temperature) < 0.01
     assert fused_ece(predictions, 1.0) > 0.3
+    for unit in (1e-5, 1e5):
+        other = Predictions(predictions.branch_logits * unit, predictions.branch_weights, labels)
+        assert fit_temperature(other) == pytest.approx(temperature * unit, rel=0.01)
     upside_down = Predictions(-predictions.branch_logits, predictions.branch_weights, labels)
     assert fit_temperature(upside_down) == 1.0
 
@@ -130,7 +133,7 @@ def _train(method, shared_heads, digits):
 
 def seen(network, digits):
     """Everything an answer shows of the test digits, fitted on the held-out ones."""
-    held_out, test = (predict(network, digits, split, 0) for split in (digits.val, digits.test))
+    held_out, test = (predict(network, digits, split, Recipe()) for split in (digits.val, digits.test))
     scales = fit_reading_scales(held_out, per_class=network.method.attention == "class")
     answers = test.logits.argmax(axis=1)
     return {

@@ -63,7 +63,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
-    with pytest.raises(InterflowError, match=r"No space left on device.*The one before is kept"):
+    with pytest.raises(InterflowError, match=r"No space left on device.*What was saved before is kept"):
         save_checkpoint(path, network, opt, torch.zeros(2), PROGRESS)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

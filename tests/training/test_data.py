@@ -1,6 +1,8 @@
 """Data sets: real images through the server's own functions, splits that hold, and clear refusals."""
 
+import os
 import shutil
+import signal
 from urllib.error import URLError
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from model.contract import InterflowError
 from model.images import read_input
-from training import folders
+from training import folders, splits
 from training.data import NAMED_SETS, load_data
 from training.recipe import Recipe, resolve_recipe
 from training.splits import FolderImages
@@ -175,6 +177,59 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(folder, tmp_pat
     assert "\n" not in str(error.value)
 
 
+def test_a_channel_that_never_varies_is_no_reason_to_refuse(folder, tmp_path):
+    root = tmp_path / "green"
+    shutil.copytree(folder, root)
+    for path in root.rglob("*.*"):
+        with Image.open(path) as image:
+            green = Image.merge("RGB", (Image.new("L", image.size), image.convert("L"), Image.new("L", image.size)))
+        green.save(path, "PNG")  # without loss, whatever its name says
+    spec = load_data(recipe(root)).spec
+    assert (spec.mean[0], spec.std[0]) == (0, 1)
+    assert 0 < spec.std[1] < 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("фото", "images"), ("_a b!", "a-b"), ("v1.2", "v1.2")])
+def test_a_folder_of_any_name_gives_a_name_that_a_model_may_have(folder, tmp_path, name, expected):
+    shutil.copytree(folder, tmp_path / name)
+    assert load_data(recipe(tmp_path / name)).name == expected
+
+
+def test_holding_out_never_takes_all(folder):
+    loaded = load_data(recipe(folder, val_fraction=0.99))
+    assert loaded.train.labels.bincount().tolist() == [1, 1, 1]
+
+
+def test_what_is_no_image_file_is_passed_over(folder, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    (root / "train" / "cat" / "._00.png").write_text("left behind by another system")
+    (root / "train" / "cat" / "folder.png").mkdir()
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    assert load_data(recipe(root)).train.labels.bincount().tolist() == [9, 9, 9]
+
+
+def test_a_class_may_be_called_train(folder, tmp_path):
+    shutil.copytree(folder / "train" / "cat", tmp_path / "set" / "train")
+    shutil.copytree(folder / "train" / "coffee", tmp_path / "set" / "plane")
+    assert load_data(recipe(tmp_path / "set")).classes == ("plane", "train")
+
+
+def test_a_named_set_needs_both_its_parts(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "cifar10" / "train")
+    with pytest.raises(InterflowError, match="train/ but no test/"):
+        load_data(Recipe(data="cifar10", data_dir=tmp_path))
+
+
+def test_a_worker_that_dies_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr(folders, "IN_MEMORY_BYTES", 0)
+    loaded = load_data(recipe(folder))
+    monkeypatch.setattr(splits, "read_file", lambda path, spec: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InterflowError, match="process that reads images has died"):
+        list(loaded.train.in_order(8, workers=1))
+
+
 def _one_class(root):
     shutil.rmtree(root / "train" / "cat")
     shutil.rmtree(root / "train" / "coffee")
@@ -211,10 +266,10 @@ def _one_colour(root):
     [
         (shutil.rmtree, "no such folder.*name of a set"),
         (_one_class, "the one class astronaut.*two or more"),
-        (_no_class, "no class folders"),
+        (_no_class, "train: no images"),
         (_empty_class, "cat: no images"),
         (_other_classes, "only one of them has cat, dog"),
-        (_a_single_image, "class cat has 1 readable images"),
+        (_a_single_image, "class cat is down to 1 readable images"),
         (_one_colour, "one colour"),
     ],
 )

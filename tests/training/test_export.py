@@ -204,6 +204,16 @@ def test_no_run_an_unfinished_one_and_changed_weights_are_refused(trained_run, t
     save_file(tensors, copy / "checkpoint.safetensors", metadata=with_metadata)
     with pytest.raises(InterflowError, match="not the weights that"):
         main([])
+    content = json.loads((copy / "card.json").read_text())
+    for field, message in (("depth", "not those of its network|ascending"), ("name", "not those of its network")):
+        changed = json.loads(json.dumps(content))
+        changed["stages"][0][field] = {"depth": 5, "name": "conv5"}[field]
+        (copy / "card.json").write_text(json.dumps(changed))
+        with pytest.raises(InterflowError, match=message):
+            main([])
+    (copy / "samples.npy").write_bytes(b"")
+    with pytest.raises(InterflowError, match=r"samples\.npy"):
+        main([])
     (copy / "card.json").unlink()
     with pytest.raises(InterflowError, match=r"not finished; finish it with `python training/train.py --resume"):
         main(["--run", str(copy)])

@@ -1,5 +1,6 @@
 """Runs as users start them: whole, stopped, killed and resumed, and refused."""
 
+import contextlib
 import csv
 import os
 import re
@@ -14,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from model.contract import InterflowError, ModelCard
-from training import finish, loop, train
+from training import cli, finish, loop, train
 from training.data import load_data
 from training.recipe import load_recipe
 from training.train import main
@@ -174,6 +176,35 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(unbroken, tmp_path, monkeyp
     assert_the_same_end(folder, unbroken)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_its_processes_stops_it_in_good_order(tmp_path, photographs, number):
+    """As a terminal, systemd or Slurm sends it, while worker processes read a folder's images."""
+    for name in ("astronaut.png", "chelsea.png"):
+        with Image.open(photographs[name]) as image:
+            for i in range(60):
+                path = tmp_path / "set" / name.partition(".")[0] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.crop((i, i, i + 64, i + 64)).save(path)
+    streaming = "from training import folders, train, cli; folders.IN_MEMORY_BYTES = 0; cli.run(train.main)"
+    settings = ["--data", tmp_path / "set", "--epochs", "100", "--width", "0.06", "--batch-size", "8", "--workers", "2"]
+    command = [sys.executable, "-c", streaming, *map(str, settings), "--out", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **pipes
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (*children, process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Go on with: python training/train.py --resume" in out
+    assert "Traceback" not in err
+
+
 def test_a_finished_run_is_left_alone(unbroken, capsys):
     before = (unbroken / "card.json").read_bytes()
     assert main(["--resume", str(unbroken)]) == 0
@@ -198,6 +229,36 @@ def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_good_stat
         t.isfinite().all() for t in load_file(folder / "checkpoint.safetensors").values() if t.is_floating_point()
     )
     assert len(rows(folder)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "epoch,lr\n1,x\n2,y\n", "\x00\xff", "epoch,lr\n1,0.1\n"])
+def test_a_damaged_history_is_refused_in_a_sentence(tmp_path, unbroken, content):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    (folder / "card.json").unlink()
+    (folder / "metrics.csv").write_text(content)
+    with pytest.raises(InterflowError, match=r"not (the|a whole) history"):
+        main(["--resume", str(folder)])
+
+
+def test_a_run_of_classes_with_odd_names_is_drawn(tmp_path, photographs):
+    for name in ("$x_{$", "_b", "猫"):
+        for i in range(4):
+            path = tmp_path / "odd" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(list(photographs.values())[i % 2], path)
+    settings = ["--data", str(tmp_path / "odd"), "--image-size", "16", "--epochs", "1", "--width", "0.06"]
+    assert main([*settings, "--val-fraction", "0.3", "--out", str(tmp_path / "run")]) == 0
+    card = ModelCard.from_json((tmp_path / "run" / "card.json").read_bytes(), "card")
+    assert card.classes == ("$x_{$", "_b", "猫")
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
+    def hungry():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(SystemExit, match=r"error: out of memory; lower --batch-size"):
+        cli.run(hungry)
 
 
 def test_two_processes_cannot_train_one_run(tmp_path, monkeypatch):
