@@ -1,6 +1,6 @@
 """Errors over HTTP: RFC 9457 problem+json, and the one table that maps exceptions to a status and a code.
 
-Every exception of ours is an `InterflowError`, whose message is meant for the client:
+What a request can meet; each is an `InterflowError`, whose message is meant for the client:
 
 ImageError, ImageTooLargeError    no image, damaged, or of too many pixels (model.images)
 EmptyImageError                   no bytes

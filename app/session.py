@@ -33,6 +33,8 @@ WARM_UP_BATCHES = (1, 2)
 TOLERANCE = 1e-3
 """Of the identities at warm-up, relative to the largest summand: CUDA multiplies in TF32."""
 
+AGAIN = "Export the model again."
+
 logger = logging.getLogger(__name__)
 
 
@@ -92,9 +94,6 @@ class Session:
             except Exception as error:  # onnxruntime's errors share no base class
                 raise ModelError(f"{path}: fails on {batch} images ({_first_line(error)}). {AGAIN}") from error
             _check_values(values, self.card, batch, path)
-
-
-AGAIN = "Export the model again."
 
 
 def _read_card(folder: Path) -> ModelCard:
