@@ -21,7 +21,7 @@ def finish(process):
     return process.returncode, output, errors
 
 
-def refuses(process, *expected):
+def expect_refusal(process, *expected):
     code, output, errors = finish(process)
     assert (code, output) == (1, "")
     assert errors.splitlines()[-1].startswith("error: ")
@@ -55,35 +55,39 @@ def test_answers_are_not_held_back():
 def test_a_port_in_use(start):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        refuses(start(port=port), f"cannot listen on 127.0.0.1 port {port}: address already in use", "INTERFLOW_PORT")
+        expect_refusal(
+            start(port=port), f"cannot listen on 127.0.0.1 port {port}: address already in use", "INTERFLOW_PORT"
+        )
 
 
 def test_a_host_that_is_not_here(start):
-    refuses(start(host="192.0.2.1"), "cannot listen on 192.0.2.1", "INTERFLOW_HOST")
+    expect_refusal(start(host="192.0.2.1"), "cannot listen on 192.0.2.1", "INTERFLOW_HOST")
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, ".", "a b"])
 def test_a_host_that_is_none(start, host):
-    refuses(start(host=host), "cannot listen on", "INTERFLOW_HOST")
+    expect_refusal(start(host=host), "cannot listen on", "INTERFLOW_HOST")
 
 
 def test_a_bad_setting(start):
-    refuses(start(port="http"), "INTERFLOW_PORT is 'http'")
+    expect_refusal(start(port="http"), "INTERFLOW_PORT is 'http'")
 
 
 def test_no_model(start, tmp_path):
-    refuses(start(exports=tmp_path), f"no model is in {tmp_path}")
+    expect_refusal(start(exports=tmp_path), f"no model is in {tmp_path}")
 
 
 def test_a_broken_model(start, artefact):
     model = artefact / "model.onnx"
     model.write_bytes(model.read_bytes()[:100_000])
-    refuses(start(exports=artefact.parents[1]), "model.onnx: not a readable ONNX model", "Export the model again.")
+    expect_refusal(
+        start(exports=artefact.parents[1]), "model.onnx: not a readable ONNX model", "Export the model again."
+    )
 
 
 def test_a_card_at_odds_with_its_graph(start, artefact, rewrite_card):
     rewrite_card(artefact, classes=[f"class {i}" for i in range(10)], metadata=False)
-    refuses(start(exports=artefact.parents[1]), "the card inside differs from model.json in `classes`")
+    expect_refusal(start(exports=artefact.parents[1]), "the card inside differs from model.json in `classes`")
 
 
 def test_help_lists_every_setting(start):

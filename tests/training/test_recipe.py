@@ -60,7 +60,7 @@ def test_every_setting_is_an_option_of_the_command_line():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_bundled_recipes_hold_for_every_set_they_name(path):
     for data in [None, *yaml.safe_load(path.read_text()).get("by_data", {})]:
-        resolve_recipe(path.stem, {"data": data} if data else {})
+        assert resolve_recipe(path.stem, {"data": data} if data else {}).data == (data or "digits")
 
 
 @pytest.mark.parametrize(

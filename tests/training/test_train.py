@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.contract import InterflowError, ModelCard
 from training import cli, finish, loop, train
@@ -71,7 +72,9 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert load_recipe(unbroken / "recipe.yaml").width == 0.06
     for name in ("accuracy.png", "weights.png"):
         assert (unbroken / name).read_bytes().startswith(b"\x89PNG")
-    assert any((unbroken / "tensorboard").iterdir())
+    board = EventAccumulator(str(unbroken / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("val_accuracy/conv13")] == [1, 2]
+    assert "weight/conv4/7" in board.Tags()["scalars"]
     samples = np.load(unbroken / "samples.npy")
     assert (samples.shape, samples.dtype) == ((20, 32, 32, 1), np.uint8)
 
