@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.contract import InterflowError
-from model.images import DEFAULT_MAX_PIXELS
+from model.images import DEFAULT_MAX_PIXELS, MOST_PIXELS
 
 PREFIX = "INTERFLOW_"
 
@@ -38,7 +38,8 @@ class Settings(BaseSettings):
     ] = "auto"
     max_bytes: Annotated[int, Field(gt=0, description="bytes allowed in one encoded image")] = 10 * 2**20
     max_pixels: Annotated[
-        int, Field(gt=0, le=178_000_000, description="pixels allowed in one image, at most 178000000 (Pillow's limit)")
+        int,
+        Field(gt=0, le=MOST_PIXELS, description=f"pixels allowed in one image, at most {MOST_PIXELS} (Pillow's limit)"),
     ] = DEFAULT_MAX_PIXELS
     threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: one per usable CPU")] = 0
     decode_workers: Annotated[int, Field(ge=0, description="images decoded at a time; 0: one per usable CPU")] = 0

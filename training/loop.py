@@ -219,8 +219,7 @@ class _Training:
         """The epoch's figures. A stage's accuracy is its contribution's: its reading before scales are fitted."""
         self._require_finite()
         names = [stage.name for stage in self.network.stages]
-        steps = len(self._order())
-        row: Row = {"epoch": self.epoch + 1, "lr": learning_rate(self.recipe, self.epoch, steps - 1, steps)}
+        row: Row = {"epoch": self.epoch + 1, "lr": learning_rate(self.recipe, self.epoch, self.step - 1, self.step)}
         row |= {"train_loss": self._mean(1), "train_accuracy": self._mean(2)}
         row |= {f"train_accuracy/{name}": self._mean(3 + i) for i, name in enumerate(names)}
         if self.data.val:

@@ -13,6 +13,8 @@ BATCHES = (1, 2, 17)
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest magnitude in the tensor or 1: float32 in another order."""
 
+_ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+
 
 class VerificationError(InterflowError):
     """The artefact does not hold what it promises; it is not written."""
@@ -74,9 +76,6 @@ def verify(model: bytes, card: ModelCard, network: Interflow, tensors: dict[str,
                     )
                 worst = max(worst, difference)
     return worst
-
-
-_ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
 @torch.inference_mode()
