@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,7 @@ IMAGE = "image"
 LOGITS = "logits"
 BRANCH_LOGITS = "branch_logits"
 BRANCH_WEIGHTS = "branch_weights"
+LAYER_ATTENTION = "layer_attention"
 
 
 def branch_map_name(branch: int) -> str:
@@ -83,13 +84,18 @@ class InputSpec(_Part):
 
 
 class BackboneInfo(_Part):
-    """Which network the stages belong to: registry name, layers kept, width multiplier."""
+    """Which network the stages belong to: all that `create_model` needs to build it again."""
 
     name: str
+    """In the registry."""
     depth: Positive
     """Layers kept."""
     width: Annotated[float, Field(gt=0)]
     """Multiplier of the layers' channels."""
+    neck: Literal["aff", "iaff"] | None = None
+    """Fuses each stage's map with the deeper ones before its branch."""
+    options: dict[str, Any] = {}
+    """Of this backbone alone, as they were given."""
 
 
 class MethodInfo(_Part):
@@ -116,6 +122,19 @@ class StageInfo(_Part):
     """Of the tapped feature map."""
     map_size: tuple[Positive, Positive]
     """Height and width of the class maps at the card's input size."""
+
+
+class LayerAttentionInfo(_Part):
+    """One row of the output `layer_attention`: which sources a block of the backbone drew on."""
+
+    block: str
+    """Where in the network."""
+    module: str
+    """AFI, MRLA-base, MRLA-light, AFF or iAFF."""
+    kind: Literal["share", "gate"]
+    """Shares sum to 1 over the sources; a gate is a number in 0..1 by itself."""
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Blocks, stages or inputs, in the row's order; the row's further values are zero."""
 
 
 class Metrics(_Part):
@@ -169,6 +188,8 @@ class ModelCard(_Part):
     method: MethodInfo
     stages: Annotated[tuple[StageInfo, ...], Field(min_length=1)]
     """From shallow to deep."""
+    layer_attention: tuple[LayerAttentionInfo, ...] = ()
+    """The rows of that output, in the network's order; empty where its layers have no attention of their own."""
     branch_weights: Matrix
     """W: the fused logit of class c is the sum over stages of W[i][c] * z[i][c]."""
     reading_scales: Matrix
@@ -211,7 +232,7 @@ class ModelCard(_Part):
     def outputs(self) -> dict[str, TensorSpec]:
         """The graph's outputs by name, in the graph's order."""
         branches, classes = len(self.stages), len(self.classes)
-        return {
+        specs = {
             LOGITS: TensorSpec("float32", (None, classes)),
             BRANCH_LOGITS: TensorSpec("float32", (None, branches, classes)),
             BRANCH_WEIGHTS: TensorSpec("float32", (None, branches, classes)),
@@ -219,6 +240,10 @@ class ModelCard(_Part):
             branch_map_name(branch): TensorSpec("float32", (None, classes, *stage.map_size))
             for branch, stage in enumerate(self.stages)
         }
+        if self.layer_attention:
+            sources = max(len(row.sources) for row in self.layer_attention)
+            specs[LAYER_ATTENTION] = TensorSpec("float32", (None, len(self.layer_attention), sources))
+        return specs
 
     def to_json(self) -> str:
         """The card as indented JSON: the text of `model.json` and of the ONNX metadata entry."""

@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.attention import BranchAttention
-from model.backbones.stage import Backbone
+from model.backbones.backbone import Backbone, Features, LayerAttention
 from model.initialization import xavier
 from model.methods import Method
+from model.neck import TopDown
 
 
 class InterflowOutput(NamedTuple):
@@ -23,6 +25,14 @@ class InterflowOutput(NamedTuple):
     """(N, B, K): the attention weights, repeated."""
     branch_maps: tuple[Tensor, ...]
     """B class maps, (N, K, h, w): where in the image each branch logit comes from."""
+    layer_attention: tuple[LayerAttention, ...]
+    """What the backbone's own attention modules, and the neck's, drew on; empty where there are none."""
+
+    def stacked_layer_attention(self) -> Tensor:
+        """The rows of `layer_attention` as (N, L, S): L blocks, S the most sources, zero-padded."""
+        most = max(len(row.sources) for row in self.layer_attention)
+        rows = [functional.pad(row.weights, (0, most - len(row.sources))) for row in self.layer_attention]
+        return torch.stack(rows, dim=1)
 
 
 class Interflow(nn.Module):
@@ -36,32 +46,48 @@ class Interflow(nn.Module):
         method: gives the attention.
         num_classes: K.
         shared_heads: branches of equal channels share one linear layer (the paper found separate ones worse).
+        neck: "aff" or "iaff" for a top-down path before the branches.
 
     Raises:
-        InterflowError: the method does not fit the number of stages.
+        InterflowError: the method or the neck does not fit the number of stages.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, num_classes: int, shared_heads: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method,
+        num_classes: int,
+        shared_heads: bool = True,
+        neck: str | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.neck = None if neck is None else TopDown(backbone.stages, neck)
         self.method = method
         self.stages = tuple(backbone.stages)
         self.num_classes = num_classes
         self.shared_heads = shared_heads
         # One registered module per linear layer: safetensors refuses tensors that two names share.
-        self.head_names = [f"channels{stage.channels}" if shared_heads else stage.name for stage in self.stages]
+        self.head_names = [
+            f"channels{stage.channels}" if shared_heads else stage.name.replace(".", "_") for stage in self.stages
+        ]
         channels = dict(zip(self.head_names, (stage.channels for stage in self.stages), strict=True))
         self.heads = nn.ModuleDict({name: nn.Conv2d(wide, num_classes, 1) for name, wide in channels.items()})
         self.heads.apply(xavier)
         self.attention = BranchAttention(method, len(self.stages), num_classes)
 
+    def features(self, x: Tensor) -> Features:
+        """What the branches see of normalised images (N, channels, height, width)."""
+        features = self.backbone(x)
+        return features if self.neck is None else self.neck(features)
+
     def forward(self, x: Tensor) -> InterflowOutput:
         """Classify normalised images, (N, channels, height, width)."""
-        features = self.backbone(x)
-        maps = tuple(self.heads[name](feature) for name, feature in zip(self.head_names, features, strict=True))
+        features = self.features(x)
+        maps = tuple(self.heads[name](feature) for name, feature in zip(self.head_names, features.maps, strict=True))
         branch_logits = torch.stack([branch_map.mean(dim=(2, 3)) for branch_map in maps], dim=1)
         weights = self.attention.matrix().expand(x.shape[0], -1, -1)
-        return InterflowOutput(self.attention(branch_logits), branch_logits, weights, maps)
+        return InterflowOutput(self.attention(branch_logits), branch_logits, weights, maps, tuple(features.attention))
 
 
 class Normalize(nn.Module):

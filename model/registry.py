@@ -1,17 +1,40 @@
 """Networks by name, in timm's manner."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from model.backbones.stage import Backbone
-from model.backbones.vgg import VGG16
+from model.backbones.backbone import Backbone
+from model.backbones.vgg import PLAIN_BRANCHES, VGG16, PlainNet
 from model.contract import InterflowError
 from model.interflow import Interflow
 from model.methods import find_method
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "vgg16": VGG16,
-}
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered backbone, and where its paper puts it.
+
+    Attributes:
+        build: takes `in_channels`, `width` and the backbone's own options.
+        image_size: pixels a side that it was published at.
+        classes: it was published with.
+        accuracy: the paper's, top-1, in words; empty where the papers give none.
+    """
+
+    build: Callable[..., Backbone]
+    image_size: int = 32
+    classes: int = 100
+    accuracy: str = ""
+
+
+BACKBONES: dict[str, Entry] = {
+    "vgg16": Entry(VGG16, 32, 10, "CIFAR-10: Normal 91.12, S3 92.12"),
+} | {f"plain{layers}": Entry(partial(PlainNet, layers=layers), 32, 10) for layers in PLAIN_BRANCHES}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -27,37 +50,69 @@ def create_model(
     in_channels: int = 3,
     depth: int | None = None,
     width: float = 1.0,
-    taps: Sequence[int] | None = None,
+    taps: Sequence[int | str] | None = None,
     shared_heads: bool = True,
-    pretrained: bool = False,
+    neck: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool | Path = False,
+    **options: Any,
 ) -> Interflow:
     """Build a network with random weights from torch's generator.
 
     Args:
-        name: a backbone of `list_models()`.
-        method: "normal" or "S0" to "S9" (Interflow, Table II), any case.
+        name: a backbone of `list_models()`, `timm/<name>` or `torchvision/<name>`.
+        method: "normal" or "S0" to "S9" (Interflow, Table II), any case. Where the backbone has fewer points to tap
+            than the method's 4 or 7 branches, it has one branch per stage.
         num_classes: at least 2.
         in_channels: of the image, 1 or 3.
         depth: layers kept; the backbone's full depth where None.
         width: multiplier of the channels.
-        taps: layers that a branch is tapped from; the paper's for the method where None.
+        taps: points that a branch is tapped from, by name or by number from 1; the method's where None.
         shared_heads: branches of equal channels share one linear layer.
-        pretrained: weights from elsewhere; no backbone here has any yet.
+        neck: "aff" or "iaff": a top-down path that fuses each stage's map with the deeper ones before its branch.
+        image_size: height and width; networks with position embeddings are made for one size, others ignore it.
+        pretrained: a safetensors file with the backbone's weights; or True for those that timm or torchvision download.
+        options: the backbone's own.
 
     Returns:
-        The network; its forward pass takes normalised images (N, in_channels, height, width) of any size.
+        The network; its forward pass takes normalised images (N, in_channels, height, width).
 
     Raises:
-        InterflowError: a name or number that names no such network, saying which ones there are.
+        InterflowError: a name, number or option that names no such network, saying which ones there are.
     """
-    if name not in BACKBONES:
-        raise InterflowError(f"backbone {name!r} is unknown; choose one of {', '.join(list_models())}.")
     if num_classes < 2:
         raise InterflowError(f"num_classes {num_classes}: a classifier needs at least 2 classes.")
     if in_channels not in (1, 3):
         raise InterflowError(f"in_channels {in_channels}: expected 1 (grey) or 3 (RGB).")
-    if pretrained:
-        raise InterflowError(f"{name} has no pretrained weights; leave pretrained off.")
+    if not 0 < width < float("inf"):
+        raise InterflowError(f"width {width}: expected a positive multiplier of the channels, such as 0.5.")
     chosen = find_method(method)
-    backbone = BACKBONES[name](in_channels=in_channels, depth=depth, width=width, branches=chosen.branches, taps=taps)
-    return Interflow(backbone, chosen, num_classes, shared_heads)
+    backbone = _build(name, options, in_channels=in_channels, width=width, image_size=image_size, pretrained=pretrained)
+    own = backbone.own_branches if chosen.initial_weights is None else None
+    backbone.tap(own or chosen.branches, depth, taps)
+    return Interflow(backbone, chosen, num_classes, shared_heads, neck)
+
+
+def _build(
+    name: str,
+    options: dict[str, Any],
+    *,
+    in_channels: int,
+    width: float,
+    image_size: tuple[int, int] | None,
+    pretrained: bool | Path,
+) -> Backbone:
+    if name not in BACKBONES:
+        raise InterflowError(f"backbone {name!r} is unknown; choose one of {', '.join(list_models())}.")
+    if pretrained is True:
+        raise InterflowError(f"{name} has no weights to download; give a safetensors file, or leave pretrained off.")
+    build = BACKBONES[name].build
+    arguments = inspect.signature(build).parameters
+    fixed = build.keywords if isinstance(build, partial) else {}
+    own = [key for key in arguments if key not in ("in_channels", "width", "image_size", *fixed)]
+    for key in options:
+        if key not in own:
+            raise InterflowError(f"{name} has no option {key!r}; it has {', '.join(own) or 'none'}.")
+    if "image_size" in arguments:
+        options = options | {"image_size": image_size}
+    return build(in_channels=in_channels, width=width, **options)

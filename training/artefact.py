@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.contract import CARD_FILE, IMAGE, METADATA_KEY, MODEL_FILE, VERSION_PATTERN, InterflowError, ModelCard
-from model.interflow import Interflow, Normalize
+from model.interflow import Interflow, InterflowOutput, Normalize
 from model.registry import create_model
 from training.config_pbtxt import config_pbtxt
 from training.files import write_text
@@ -35,8 +35,11 @@ def network_of(card: ModelCard) -> Interflow:
         in_channels=card.input.channels,
         depth=card.backbone.depth,
         width=card.backbone.width,
-        taps=[stage.depth for stage in card.stages],
+        taps=[stage.name for stage in card.stages],
         shared_heads=card.method.shared_heads,
+        neck=card.backbone.neck,
+        image_size=(card.input.height, card.input.width),
+        **card.backbone.options,
     )
     described = [(stage.name, stage.depth, stage.channels) for stage in card.stages]
     if described != [(stage.name, stage.depth, stage.channels) for stage in network.stages]:
@@ -53,9 +56,10 @@ class ServedNetwork(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """uint8 (N, height, width, channels) to logits, branch logits, branch weights and the class maps."""
-        output = self.network(self.normalize(image))
-        return output.logits, output.branch_logits, output.branch_weights, *output.branch_maps
+        """uint8 (N, height, width, channels) to all that `ModelCard.outputs` lists."""
+        output: InterflowOutput = self.network(self.normalize(image))
+        tensors = (output.logits, output.branch_logits, output.branch_weights, *output.branch_maps)
+        return (*tensors, output.stacked_layer_attention()) if output.layer_attention else tensors
 
 
 def to_onnx(network: Interflow, card: ModelCard) -> bytes:

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
-from model.contract import BackboneInfo, MethodInfo, Metrics, ModelCard, Provenance, StageInfo
-from model.interflow import Interflow
+from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, Metrics, ModelCard, Provenance, StageInfo
+from model.interflow import Interflow, InterflowOutput
 from training import calibration
 from training.checkpoint import weights_sha256
 from training.data import ImageData
@@ -32,13 +32,20 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
         else f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
     )
     test = predict(network, data, data.test, recipe)
+    output = _one_pass(network, data)
 
     card = ModelCard(
         name=data.name,
         version="1",  # export gives the final one
         classes=data.classes,
         input=data.spec,
-        backbone=BackboneInfo(name=recipe.backbone, depth=network.backbone.depth, width=recipe.width),
+        backbone=BackboneInfo(
+            name=recipe.backbone,
+            depth=network.backbone.depth,
+            width=recipe.width,
+            neck=recipe.neck,
+            options=recipe.options,
+        ),
         method=MethodInfo(
             name=network.method.name,
             attention=network.method.attention,
@@ -47,8 +54,12 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
             shared_heads=network.shared_heads,
         ),
         stages=tuple(
-            StageInfo(name=stage.name, depth=stage.depth, channels=stage.channels, map_size=size)
-            for stage, size in zip(network.stages, _map_sizes(network, data), strict=True)
+            StageInfo(name=stage.name, depth=stage.depth, channels=stage.channels, map_size=(height, width))
+            for stage, (_, _, height, width) in zip(network.stages, (m.shape for m in output.branch_maps), strict=True)
+        ),
+        layer_attention=tuple(
+            LayerAttentionInfo(block=row.block, module=row.module, kind=row.kind, sources=row.sources)
+            for row in output.layer_attention
         ),
         branch_weights=_rows(held_out.branch_weights),
         reading_scales=_rows(scales),
@@ -83,11 +94,11 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
 
 
 @torch.inference_mode()
-def _map_sizes(network: Interflow, data: ImageData) -> list[tuple[int, int]]:
+def _one_pass(network: Interflow, data: ImageData) -> InterflowOutput:
+    """Of one image of zeros: for the sizes of the maps, and the blocks that have attention of their own."""
     network.eval()
     device = next(network.parameters()).device
-    output = network(torch.zeros(1, data.spec.channels, data.spec.height, data.spec.width, device=device))
-    return [(branch_map.shape[2], branch_map.shape[3]) for branch_map in output.branch_maps]
+    return network(torch.zeros(1, data.spec.channels, data.spec.height, data.spec.width, device=device))
 
 
 def _samples(data: ImageData) -> np.ndarray:

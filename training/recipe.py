@@ -27,6 +27,19 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _mapping(value: Any) -> Any:
+    """A command line's `name=value` texts as a mapping; values are YAML."""
+    if not isinstance(value, list):
+        return value
+    pairs = [str(text).partition("=") for text in value]
+    if any(not separator for _, separator, _ in pairs):
+        raise ValueError("expected name=value, such as stages=[1,2]")
+    try:
+        return {name: yaml.safe_load(text) for name, _, text in pairs}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not a value that YAML reads ({' '.join(str(error).split())})") from error
+
+
 def _setting(group: str, default: Any, text: str) -> Any:
     return Field(default, description=text, json_schema_extra={"group": group})
 
@@ -56,7 +69,15 @@ class Recipe(BaseModel):
     method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")
     depth: int | None = _setting("network", None, "layers of the backbone; all of them")
     width: Annotated[float, Field(gt=0, le=64)] = _setting("network", 1.0, "multiplier of the layers' channels")
-    taps: tuple[int, ...] | None = _setting("network", None, "layers to tap instead of the method's")
+    taps: tuple[Annotated[int | str, BeforeValidator(_number)], ...] | None = _setting(
+        "network", None, "points to tap instead of the method's, by name or by number from 1"
+    )
+    neck: Literal["aff", "iaff"] | None = _setting(
+        "network", None, "aff or iaff: fuse each stage's map with the deeper ones before its branch"
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_mapping)] = _setting(
+        "network", {}, "of this backbone alone, such as afi_stages=[1,2]"
+    )
     shared_heads: bool = _setting("network", True, "one linear layer for branches of equal channels")
 
     epochs: Annotated[int, Field(ge=1)] = _setting("training", 100, "passes over the training images")
@@ -104,7 +125,9 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=not_given, help=text)
         elif name == "taps":
-            group.add_argument(flag, nargs="+", metavar="N", default=not_given, help=text)
+            group.add_argument(flag, nargs="+", metavar="TAP", default=not_given, help=text)
+        elif name == "options":
+            group.add_argument(flag, nargs="+", metavar="NAME=VALUE", default=not_given, help=text)
         else:
             group.add_argument(flag, metavar=name.split("_")[-1].upper(), default=not_given, help=text)
 

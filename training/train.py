@@ -84,6 +84,8 @@ def build_network(recipe: Recipe, num_classes: int, in_channels: int) -> Interfl
         width=recipe.width,
         taps=recipe.taps,
         shared_heads=recipe.shared_heads,
+        neck=recipe.neck,
+        **recipe.options,
     )
 
 

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, LOGITS, InterflowError, ModelCard, branch_map_name
+from model.contract import (
+    BRANCH_LOGITS,
+    BRANCH_WEIGHTS,
+    IMAGE,
+    LAYER_ATTENTION,
+    LOGITS,
+    InterflowError,
+    ModelCard,
+    branch_map_name,
+)
 from model.interflow import Interflow, Normalize
+from training.artefact import ServedNetwork
 
 BATCHES = (1, 2, 17)
 TOLERANCE = 1e-4
@@ -24,9 +34,9 @@ def verify(model: bytes, card: ModelCard, network: Interflow, tensors: dict[str,
     """Run the graph on real images and compare every output, at batches of 1, 2 and 17.
 
     Checked: the graph's signature is the card's; ONNX = PyTorch; the fused logits are the weighted sum of the branch
-    logits; these are the means of the class maps; and all equal pooling, linear layer and sum done independently, in
-    float64, on the backbone's features with the checkpoint's tensors and the card's weights. (The graph holds the
-    identities by how it is built, so that the graph alone would prove nothing.)
+    logits; these are the means of the class maps; the layers' own shares sum to 1; and all equal pooling, linear layer
+    and sum done independently, in float64, on the backbone's features with the checkpoint's tensors and the card's
+    weights. (The graph holds the identities by how it is built, so that the graph alone would prove nothing.)
 
     Args:
         model: the serialised graph.
@@ -80,17 +90,30 @@ def verify(model: bytes, card: ModelCard, network: Interflow, tensors: dict[str,
 
 @torch.inference_mode()
 def _by_pytorch(network: Interflow, card: ModelCard, images: np.ndarray) -> dict[str, np.ndarray]:
-    output = network(Normalize(card.input.mean, card.input.std)(torch.from_numpy(images)))
-    tensors = (output.logits, output.branch_logits, output.branch_weights, *output.branch_maps)
+    tensors = ServedNetwork(network, card)(torch.from_numpy(images))
     return {name: tensor.numpy() for name, tensor in zip(card.outputs, tensors, strict=True)}
 
 
 def _by_identity(served: dict[str, np.ndarray], card: ModelCard) -> dict[str, np.ndarray]:
     maps = [served[branch_map_name(i)].mean(axis=(2, 3)) for i in range(len(card.stages))]
-    return {
+    identities = {
         LOGITS: (served[BRANCH_WEIGHTS] * served[BRANCH_LOGITS]).sum(axis=1),
         BRANCH_LOGITS: np.stack(maps, axis=1),
     }
+    if card.layer_attention:
+        identities[LAYER_ATTENTION] = _shares_sum_to_1(served[LAYER_ATTENTION], card)
+    return identities
+
+
+def _shares_sum_to_1(attention: np.ndarray, card: ModelCard) -> np.ndarray:
+    """The same numbers, rows of shares brought to the sum 1, gates to 0..1, and zero where there is no source."""
+    expected = np.zeros_like(attention)
+    for i, row in enumerate(card.layer_attention):
+        values = attention[:, i, : len(row.sources)].clip(0, 1)
+        expected[:, i, : len(row.sources)] = (
+            values / values.sum(axis=1, keepdims=True) if row.kind == "share" else values
+        )
+    return expected
 
 
 @torch.inference_mode()
@@ -98,7 +121,7 @@ def _by_hand(
     network: Interflow, tensors: dict[str, Tensor], card: ModelCard, images: np.ndarray
 ) -> dict[str, np.ndarray]:
     pixels = torch.from_numpy(images)
-    features = network.backbone(Normalize(card.input.mean, card.input.std)(pixels))
+    features = network.features(Normalize(card.input.mean, card.input.std)(pixels)).maps
     branch_logits = torch.stack(
         [
             functional.linear(

@@ -1,89 +1,97 @@
-"""VGG-16's convolutions, as Interflow uses them (Interflow, Sec. III-D)."""
+"""VGG-16's convolutions, and the very deep plain networks stretched from them (Interflow, Sec. III-D and IV-F)."""
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from model.backbones.stage import Stage
+from model.backbones.backbone import Stage, evenly
+from model.backbones.chain import Chain, Plain
 from model.contract import InterflowError
 from model.initialization import xavier
+from model.layers.convolution import conv_bn, scaled
 
-BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of the 13 convolutions. The first of blocks 2 to 5 has stride 2, in the place of the pooling before it."""
-
-DEPTHS = range(4, 14)
-"""The paper's Table I."""
+WIDTHS = (64, 128, 256, 512, 512)
+"""Channels of the five blocks. The first convolution of blocks 2 to 5 has stride 2, for the pooling before it."""
+ENDS = (2, 4, 7, 10, 13)
+"""Last convolution of each block of VGG-16."""
 
 TAPS = {4: (7, 9, 11, 13), 7: (7, 8, 9, 10, 11, 12, 13)}
 """Tapped convolutions by number of branches: the paper's first stage ends at convolution 7."""
 
+SHALLOWEST = 4
+"""The paper's Table I cuts after the 4th to the 13th convolution."""
 
-class VGG16(nn.Module):
-    """The first `depth` convolutions of VGG-16: 3x3, batch norm, ReLU; no pooling, no hidden linear layer.
+PLAIN_BRANCHES = {40: 5, 50: 7, 60: 9, 70: 11, 80: 13, 90: 15, 100: 15}
+"""Branches of a plain network by depth (Interflow, Table VI)."""
+
+
+class _Plain(Chain):
+    """Convolutions 3x3 with batch norm and ReLU, in five blocks; no pooling, no shortcut, no hidden linear layer.
 
     A 32x32 image runs at 32, 16, 8, 4, 2 pixels. The layers are numbered from 1.
+    """
+
+    def __init__(self, in_channels: int, width: float, ends: Sequence[int]) -> None:
+        blocks, channels, layer = [], in_channels, 0
+        for block, (full_width, end) in enumerate(zip(WIDTHS, ends, strict=True)):
+            row = []
+            for i in range(end - layer):
+                layer += 1
+                previous, channels = channels, scaled(full_width, width)
+                convolution = Plain(*conv_bn(previous, channels, stride=2 if block > 0 and i == 0 else 1))
+                row.append((Stage(f"conv{layer}", layer, channels), convolution))
+            blocks.append(row)
+        super().__init__(nn.Identity(), blocks)
+        self.apply(xavier)
+
+
+class VGG16(_Plain):
+    """The 13 convolutions of VGG-16, or the first 4 to 12 of them (Interflow, Table I).
 
     Args:
         in_channels: of the image.
-        depth: convolutions kept, 4 to 13.
         width: multiplier of every layer's channels.
-        branches: how many stages the method asks for, 1, 4 or 7; 1 taps the last convolution.
-        taps: convolutions to tap instead, ascending; the last must be `depth`.
-
-    Raises:
-        InterflowError: a depth, width or tap that this network does not have.
     """
 
-    def __init__(
-        self, *, in_channels: int, depth: int | None, width: float, branches: int, taps: Sequence[int] | None
-    ) -> None:
-        super().__init__()
-        self.depth = DEPTHS[-1] if depth is None else depth
-        if self.depth not in DEPTHS:
-            raise InterflowError(f"depth {self.depth}: vgg16 has {DEPTHS[0]} to {DEPTHS[-1]} convolutions.")
-        if not 0 < width < float("inf"):
-            raise InterflowError(f"width {width}: expected a positive multiplier of the channels, such as 0.5.")
-        self.taps = self._choose_taps(branches, taps)
+    def __init__(self, *, in_channels: int, width: float) -> None:
+        super().__init__(in_channels, width, ENDS)
 
-        layout = [
-            (channels, block > 0 and i == 0) for block, row in enumerate(BLOCKS) for i, channels in enumerate(row)
-        ]
-        self.convolutions = nn.ModuleList()
-        self.stages: list[Stage] = []
-        channels = in_channels
-        for layer, (full_width, strided) in enumerate(layout[: self.depth], start=1):
-            previous, channels = channels, max(1, round(full_width * width))
-            self.convolutions.append(
-                nn.Sequential(
-                    nn.Conv2d(previous, channels, 3, stride=2 if strided else 1, padding=1, bias=False),
-                    nn.BatchNorm2d(channels),
-                    nn.ReLU(inplace=True),
-                )
-            )
-            if layer in self.taps:
-                self.stages.append(Stage(f"conv{layer}", layer, channels))
-        self.apply(xavier)
+    def tap(self, branches: int, depth: int | None = None, taps: Sequence[int | str] | None = None) -> None:
+        """As `Backbone.tap`, from a depth of 4."""
+        if depth is not None and not SHALLOWEST <= depth <= ENDS[-1]:
+            raise InterflowError(f"depth {depth}: vgg16 has {SHALLOWEST} to {ENDS[-1]} convolutions.")
+        super().tap(branches, depth, taps)
 
-    def _choose_taps(self, branches: int, taps: Sequence[int] | None) -> tuple[int, ...]:
-        if taps is None:
-            taps = (self.depth,) if branches == 1 else TAPS[branches]
-            if taps[-1] != self.depth:
-                raise InterflowError(
-                    f"{branches} branches tap convolutions {', '.join(map(str, taps))}, but the depth is {self.depth}; "
-                    f"choose the taps (up to {self.depth}, the last one {self.depth}), or depth {DEPTHS[-1]}."
-                )
-        elif not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] != self.depth:
+    def default_taps(self, points: Sequence[Stage], branches: int) -> list[Stage]:
+        """The paper's."""
+        if branches == 1:
+            return [points[-1]]
+        if branches not in TAPS:
+            return super().default_taps(points, branches)
+        depth = len(points)
+        if depth < ENDS[-1]:
             raise InterflowError(
-                f"taps {', '.join(map(str, taps)) or '(none)'}: expected convolutions in ascending order, from 1 up, "
-                f"ending with the last one ({self.depth}): what lies behind the last tap would learn nothing."
+                f"{branches} branches tap convolutions {', '.join(map(str, TAPS[branches]))}, but the depth is "
+                f"{depth}; choose the taps (up to {depth}, the last one {depth}), or depth {ENDS[-1]}."
             )
-        return tuple(taps)
+        return [points[number - 1] for number in TAPS[branches]]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of the tapped convolutions, (N, channels, h, w) each, from shallow to deep."""
-        features: list[Tensor] = []
-        for layer, convolution in enumerate(self.convolutions, start=1):
-            x = convolution(x)
-            if layer in self.taps:
-                features.append(x)
-        return features
+
+class PlainNet(_Plain):
+    """VGG-16 stretched to 40 to 100 convolutions, without residual connections (Interflow, Sec. IV-F and Table VI).
+
+    Blocks end at layer round(layers * {2, 4, 7, 10, 13} / 13).
+
+    Args:
+        in_channels: of the image.
+        width: multiplier of every layer's channels.
+        layers: 40, 50, 60, 70, 80, 90 or 100.
+    """
+
+    def __init__(self, *, in_channels: int, width: float, layers: int) -> None:
+        super().__init__(in_channels, width, [round(layers * end / ENDS[-1]) for end in ENDS])
+        self.own_branches = PLAIN_BRANCHES[layers]
+
+    def default_taps(self, points: Sequence[Stage], branches: int) -> list[Stage]:
+        """Evenly spaced, at layer round(layers * i / branches); the first of Table VI falls at 6 to 8."""
+        return evenly(points, branches)

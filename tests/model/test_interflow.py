@@ -21,7 +21,7 @@ def network(method="S3", **settings):
     torch.manual_seed(0)
     net = create_model("vgg16", method=method, **{"width": 0.1, "num_classes": 7} | settings)
     for _ in range(3):
-        net(torch.randn(16, net.backbone.convolutions[0][0].in_channels, 32, 32))
+        net(torch.randn(16, net.backbone.blocks[0].layers[0].in_channels, 32, 32))
     return net.eval()
 
 
@@ -48,7 +48,7 @@ def test_fused_logits_are_an_exact_sum_over_stages_and_positions(method, images)
 def test_a_branch_is_pooling_and_one_linear_layer(shared, images):
     net = network(shared_heads=shared)
     output = net(images)
-    for i, (name, feature) in enumerate(zip(net.head_names, net.backbone(images), strict=True)):
+    for i, (name, feature) in enumerate(zip(net.head_names, net.backbone(images).maps, strict=True)):
         head = net.heads[name]
         by_hand = functional.linear(feature.mean(dim=(2, 3)), head.weight.flatten(1), head.bias)
         torch.testing.assert_close(output.branch_logits[:, i], by_hand, **TOLERANCE)
@@ -123,11 +123,16 @@ def test_normalize_scales_shifts_and_puts_channels_first():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vgg61"}, "choose one of vgg16"),
+        ({"name": "vgg61"}, "choose one of .*vgg16"),
         ({"method": "S11"}, "S11"),
         ({"num_classes": 1}, "at least 2"),
         ({"in_channels": 4}, r"1 \(grey\) or 3"),
-        ({"pretrained": True}, "no pretrained weights"),
+        ({"pretrained": True}, "no weights to download"),
+        ({"width": 0}, "positive"),
+        ({"width": float("nan")}, "positive"),
+        ({"colour": "red"}, "no option 'colour'; it has none"),
+        ({"neck": "fpn"}, "choose one of aff, iaff"),
+        ({"neck": "aff", "method": "normal"}, "tap 2 stages"),
         ({"method": "S0", "taps": (4, 13)}, "S0 starts from 4 weights, but 2 branches"),
     ],
 )

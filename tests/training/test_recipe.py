@@ -53,7 +53,7 @@ def test_every_setting_is_an_option_of_the_command_line():
             expected[name] = True
         else:
             arguments += [flag, "1"]
-            expected[name] = ["1"] if name == "taps" else "1"
+            expected[name] = ["1"] if name in ("taps", "options") else "1"
     assert vars(parser.parse_args(arguments)) == expected
 
 
@@ -75,7 +75,9 @@ def test_bundled_recipes_hold_for_every_set_they_name(path):
         ({"val_fraction": "1"}, "val_fraction"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"colour": "red"}, "no setting 'colour'"),
-        ({"taps": ["seven"]}, "taps"),
+        ({"taps": [7.5]}, "taps"),
+        ({"options": ["stages"]}, "options.*name=value"),
+        ({"options": ["stages=[1"]}, "options.*YAML"),
     ],
 )
 def test_a_bad_setting_is_named(options, message):
