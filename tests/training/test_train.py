@@ -291,7 +291,7 @@ def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken)
     ("arguments", "message"),
     [
         (["--data", "no/such/folder"], "no such folder"),
-        (["--depth", "9"], "the depth is 9|ending with the last one"),
+        (["--depth", "9"], "tap 10 is not a point of this network; .* 9 conv9"),
         (["--method", "S11"], "S11"),
         (["--taps", "4", "7"], "ending with the last one"),
         (["--recipe", "none.yaml"], "recipe none.yaml"),
