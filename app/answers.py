@@ -1,4 +1,4 @@
-"""From one image's outputs to what people read: the answer, and what each stage said and counted."""
+"""From one image's outputs to what people read: the answer, what each stage said and counted, what layers drew on."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from app.errors import InferenceError
 from app.inference import Outputs
-from app.schemas import Prediction, StageAnswer
+from app.schemas import LayerAttention, LayerSource, Prediction, StageAnswer
 from model.contract import ModelCard
 from model.explain import contributions, readings, shares, softmax
 
@@ -18,24 +18,25 @@ class Interpretation(NamedTuple):
     top_k: list[Prediction]
     stages: list[StageAnswer]
     agreement: float
+    layer_attention: list[LayerAttention]
 
 
-def interpret(card: ModelCard, outputs: Outputs, image: int, top_k: int) -> Interpretation:
+def interpret(card: ModelCard, outputs: Outputs, image: int, top_k: int, layers: bool = False) -> Interpretation:
     """Read one image's outputs by the model's card.
 
     Args:
-        card: classes, stages, reading scales and temperature.
+        card: classes, stages, blocks with attention, reading scales and temperature.
         outputs: of a batch.
         image: its place in the batch.
         top_k: how many classes to list; all where there are fewer.
+        layers: say what the network's blocks drew on, too, where they have attention of their own.
 
     Raises:
         InferenceError: the outputs are not finite.
     """
     here = slice(image, image + 1)
     logits, branch_logits = outputs.logits[here], outputs.branch_logits[here]
-    if not (np.isfinite(logits).all() and np.isfinite(branch_logits).all()):
-        raise InferenceError("the network gave numbers that are not finite for this image.")
+    _require_finite(logits, branch_logits)
     ranking = _rank(softmax(logits / card.temperature)[0], card.classes, top_k)
     answer = ranking[0].index
     added = contributions(branch_logits, outputs.branch_weights[here])
@@ -57,7 +58,31 @@ def interpret(card: ModelCard, outputs: Outputs, image: int, top_k: int) -> Inte
             )
         )
     agreement = sum(stage.agrees for stage in stages) / len(stages)
-    return Interpretation(ranking[0], ranking, stages, agreement)
+    attention = outputs.layer_attention if layers else None
+    drawn_on = [] if attention is None else _layer_attention(card, attention[image])
+    return Interpretation(ranking[0], ranking, stages, agreement, drawn_on)
+
+
+def _layer_attention(card: ModelCard, weights: np.ndarray) -> list[LayerAttention]:
+    """One image's rows (L, S), named by the card."""
+    _require_finite(weights)
+    return [
+        LayerAttention(
+            block=row.block,
+            module=row.module,
+            kind=row.kind,
+            sources=[
+                LayerSource(name=name, weight=float(weight))
+                for name, weight in zip(row.sources, of_row, strict=False)  # a row is padded beyond its sources
+            ],
+        )
+        for row, of_row in zip(card.layer_attention, weights, strict=True)
+    ]
+
+
+def _require_finite(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise InferenceError("the network gave numbers that are not finite for this image.")
 
 
 def _rank(probabilities: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[Prediction]:

@@ -9,6 +9,7 @@ MultipartError                    a multipart body that breaks its own syntax
 FieldError                        a form without the one image field, or with others
 MediaTypeError                    a body that is neither a form nor an image
 ModelNotFoundError                no such model or version loaded
+NoLayerAttentionError             `layers` asked of a network whose layers have no attention of their own
 NotReadyError                     no model loaded yet
 InferenceError                    the network gave no usable numbers
 """
@@ -53,6 +54,10 @@ class ModelNotFoundError(InterflowError):
     """A model, or a version of it, that is not loaded."""
 
 
+class NoLayerAttentionError(InterflowError):
+    """Layer attention asked of a network that has none."""
+
+
 class NotReadyError(InterflowError):
     """No model is loaded yet."""
 
@@ -70,6 +75,7 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     FieldError: (422, "invalid_form"),
     MediaTypeError: (415, "unsupported_media_type"),
     ModelNotFoundError: (404, "model_not_found"),
+    NoLayerAttentionError: (422, "no_layer_attention"),
     NotReadyError: (503, "not_ready"),
     InferenceError: (500, "inference_failed"),
 }

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network gave for N images; B branches, K classes, float32."""
+    """What the network gave for N images; B branches, K classes, L blocks of at most S sources, float32."""
 
     logits: np.ndarray
     """(N, K), fused."""
@@ -19,6 +19,8 @@ class Outputs:
     """(N, B, K)."""
     branch_weights: np.ndarray
     """(N, B, K)."""
+    layer_attention: np.ndarray | None = None
+    """(N, L, S), rows as the card's; None where the network's layers have no attention of their own."""
 
 
 @dataclass(frozen=True)

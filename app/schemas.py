@@ -1,5 +1,6 @@
 """What the server answers, as JSON."""
 
+import operator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,6 +60,30 @@ class StageAnswer(_Body):
     evaluated: bool
 
 
+class LayerSource(_Body):
+    """One thing that a block drew on: an earlier block, a stage, an input or itself."""
+
+    name: str
+    weight: Annotated[
+        float, Field(description="0..1 up to rounding; averaged over channels or heads, and over positions")
+    ]
+
+
+class LayerAttention(_Body):
+    """What one block of the network drew on for this image, by the attention that its own layers have."""
+
+    block: Annotated[str, Field(description="where in the network")]
+    module: Annotated[str, Field(description="AFI, MRLA-base, MRLA-light, AFF or iAFF")]
+    kind: Annotated[
+        Literal["share", "gate"],
+        Field(
+            description="share: the weights sum to 1 over the sources; gate (MRLA-light): each is a number in 0..1 by "
+            "itself, and they do not sum to 1"
+        ),
+    ]
+    sources: list[LayerSource]
+
+
 class Timing(_Body):
     """Milliseconds since the request's body was read."""
 
@@ -77,6 +102,13 @@ class Answer(_Body):
     top_k: list[Prediction]
     stages: Annotated[list[StageAnswer], Field(description="from shallow to deep")]
     agreement: Annotated[float, Field(ge=0, le=1, description="share of the evaluated stages that agree")]
+    layer_attention: Annotated[
+        list[LayerAttention],
+        Field(
+            exclude_if=operator.not_,
+            description="only where `layers=true` asked for it: what the blocks drew on, in the network's order",
+        ),
+    ] = []
     timing_ms: Timing
 
 

@@ -18,6 +18,7 @@ from model.contract import (
     BRANCH_WEIGHTS,
     CARD_FILE,
     IMAGE,
+    LAYER_ATTENTION,
     LOGITS,
     METADATA_KEY,
     MODEL_FILE,
@@ -78,8 +79,11 @@ class Session:
         Raises:
             InferenceError: onnxruntime failed.
         """
+        names = [LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS]
+        if self.card.layer_attention:
+            names.append(LAYER_ATTENTION)
         try:
-            return Outputs(*self._session.run([LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS], {IMAGE: images}))
+            return Outputs(*self._session.run(names, {IMAGE: images}))
         except Exception as error:  # onnxruntime's errors share no base class
             raise InferenceError(f"inference failed ({_first_line(error)}).") from error
 
@@ -188,7 +192,7 @@ def _spec(node: onnxruntime.NodeArg) -> TensorSpec:
 
 
 def _check_values(values: dict[str, np.ndarray], card: ModelCard, batch: int, path: Path) -> None:
-    """Hold one batch's outputs against the contract: shapes, finite numbers, and both exact sums."""
+    """Hold one batch's outputs against the contract: shapes, finite numbers, both exact sums, layer attention."""
     for name, spec in card.outputs.items():
         if values[name].shape != (batch, *spec.shape[1:]):
             raise ModelError(f"{path}: `{name}` came as {values[name].shape} for a batch of {batch}, not as {spec}.")
@@ -205,10 +209,18 @@ def _check_values(values: dict[str, np.ndarray], card: ModelCard, batch: int, pa
         _require_equal(
             maps.mean(axis=(2, 3)), logits, maps, f"{path}: `{branch_map_name(branch)}` does not average to its logits"
         )
+    one = np.ones(1)
+    for index, row in enumerate(card.layer_attention):
+        of_row = f"{path}: `{LAYER_ATTENTION}` of {row.block}"
+        weights, padding = np.split(values[LAYER_ATTENTION][:, index], [len(row.sources)], axis=1)
+        _require_equal(weights, weights.clip(0, 1), one, f"{of_row} is not in 0..1")
+        _require_equal(padding, np.zeros_like(padding), one, f"{of_row} is not zero beyond its sources")
+        if row.kind == "share":
+            _require_equal(weights.sum(axis=1), one, one, f"{of_row} does not sum to 1")
 
 
 def _require_equal(got: np.ndarray, expected: np.ndarray, summands: np.ndarray, otherwise: str) -> None:
-    difference, scale = np.abs(got - expected).max(), max(np.abs(summands).max(), 1e-6)
+    difference, scale = np.abs(got - expected).max(initial=0), max(np.abs(summands).max(), 1e-6)
     if difference > TOLERANCE * scale:
         raise ModelError(f"{otherwise} (off by {difference:.3g}, at a scale of {scale:.3g}). {AGAIN}")
 

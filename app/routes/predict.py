@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
 from app.answers import interpret
-from app.errors import problem_responses
+from app.errors import NoLayerAttentionError, problem_responses
 from app.repository import Repository
 from app.routes.models import ModelQuery
 from app.schemas import Answer, Timing
@@ -24,6 +24,9 @@ class PredictQuery(ModelQuery):
     """Parameters of /predict."""
 
     top_k: Annotated[int, Field(ge=1, description="classes listed, best first; all where the model has fewer")] = 5
+    layers: Annotated[
+        bool, Field(description="say what the network's own layer attention drew on, too; 422 where it has none")
+    ] = False
 
 
 @router.post(
@@ -32,10 +35,18 @@ class PredictQuery(ModelQuery):
     responses=problem_responses(400, 404, 413, 415, 422, 500, 503),
 )
 async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Answer:
-    """Classify one image, and say what each stage of the network believes and how much it counted."""
+    """Classify one image, and say what each stage of the network believes and how much it counted.
+
+    With `layers`, also what its blocks drew on, where they have attention of their own (AFI, MRLA, AFF).
+    """
     repository: Repository = request.app.state.repository
     settings: Settings = request.app.state.settings
     model = repository.get(query.model, query.version)
+    if query.layers and not model.card.layer_attention:
+        raise NoLayerAttentionError(
+            f"the layers of model {model.card.name!r} have no attention of their own. Leave `layers` out, or ask for a "
+            "model whose card (GET /model) lists `layer_attention`."
+        )
     source = await read_image(request, settings.max_bytes)
 
     received = time.perf_counter()
@@ -44,7 +55,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     )
     decoded = time.perf_counter()
     inferred = await model.inference.infer(pixels[np.newaxis])
-    interpretation = interpret(model.card, inferred.outputs, 0, query.top_k)
+    interpretation = interpret(model.card, inferred.outputs, 0, query.top_k, query.layers)
     return Answer(
         request_id=request.state.request_id,
         model=model.ref,

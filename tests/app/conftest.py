@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -25,7 +26,15 @@ from app.main import create_app
 from app.repository import LoadedModel, Repository
 from app.schemas import Runtime
 from app.settings import PREFIX, Settings
-from model.contract import CARD_FILE, METADATA_KEY, MODEL_FILE, ModelCard
+from model.contract import (
+    BRANCH_LOGITS,
+    CARD_FILE,
+    LAYER_ATTENTION,
+    METADATA_KEY,
+    MODEL_FILE,
+    LayerAttentionInfo,
+    ModelCard,
+)
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("red", "green", "blue")
@@ -56,7 +65,40 @@ class ColourNetwork:
         return Outputs((weights * branch_logits).sum(axis=1), branch_logits, weights)
 
 
-def _colour_card(name: str = "colours", version: str = "1", created: str = "2026-01-01T00:00:00Z") -> ModelCard:
+class LayeredNetwork(ColourNetwork):
+    """`ColourNetwork`, whose blocks draw on each other; with the mean red, green and blue of an image, in 0..1:
+
+    AFI: (1 + red) / 4 and (3 - red) / 4; MRLA-base: green / 2, blue / 2 and what remains; MRLA-light: blue.
+    """
+
+    blocks = (
+        {"block": "stage1.block3", "module": "AFI", "kind": "share", "sources": ("stage1.block1", "stage1.block2")},
+        {
+            "block": "stage2.block3",
+            "module": "MRLA-base",
+            "kind": "share",
+            "sources": ("stage2.block1", "stage2.block2", "stage2.block3"),
+        },
+        {"block": "stage3.block1", "module": "MRLA-light", "kind": "gate", "sources": ("stage3.block1",)},
+    )
+
+    def run(self, images: np.ndarray) -> Outputs:
+        red, green, blue = (images.astype(np.float32).mean(axis=(1, 2)) / 255).T
+        none = np.zeros_like(red)
+        attention = [
+            [(1 + red) / 4, (3 - red) / 4, none],
+            [green / 2, blue / 2, 1 - green / 2 - blue / 2],
+            [blue, none, none],
+        ]
+        return replace(super().run(images), layer_attention=np.array(attention).transpose(2, 0, 1))
+
+
+def _colour_card(
+    name: str = "colours",
+    version: str = "1",
+    created: str = "2026-01-01T00:00:00Z",
+    layer_attention: Sequence[dict[str, object]] = (),
+) -> ModelCard:
     stages = [{"name": f"conv{i}", "depth": i, "channels": 4, "map_size": (2, 2)} for i in (1, 2, 3)]
     return ModelCard.model_validate(
         {
@@ -73,6 +115,7 @@ def _colour_card(name: str = "colours", version: str = "1", created: str = "2026
                 "shared_heads": False,
             },
             "stages": stages,
+            "layer_attention": layer_attention,
             "branch_weights": ColourNetwork.weights.tolist(),
             "reading_scales": ColourNetwork.weights.tolist(),
             "temperature": 2.0,
@@ -115,6 +158,17 @@ def colour_model() -> Callable[..., LoadedModel]:
     return make
 
 
+def _layered_model() -> LoadedModel:
+    card = _colour_card(name="layered", layer_attention=LayeredNetwork.blocks)
+    return LoadedModel(card, RUNTIME, DirectInference(LayeredNetwork()))
+
+
+@pytest.fixture
+def layered_model() -> LoadedModel:
+    """A loaded `LayeredNetwork`, by the name of layered."""
+    return _layered_model()
+
+
 Serve = Callable[[FastAPI], AbstractContextManager[httpx2.Client]]
 
 
@@ -155,6 +209,14 @@ def colours() -> Iterator[httpx2.Client]:
 
 
 @pytest.fixture(scope="session")
+def layered() -> Iterator[httpx2.Client]:
+    """A client of a server of `LayeredNetwork`, by the name of layered, and of `ColourNetwork`, which has no layers."""
+    colours = LoadedModel(_colour_card(), RUNTIME, DirectInference(ColourNetwork()))
+    with _serve(create_app(Settings(), Repository([_layered_model(), colours], "layered"))) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
 def digits(only_bundled: Path) -> Iterator[httpx2.Client]:
     """A client of a server of the bundled models, as a user starts it."""
     with _serve(create_app(Settings(exports=only_bundled))) as client:
@@ -191,6 +253,55 @@ def rewrite_card() -> Callable[..., None]:
                 file.write(_field(14, entry))
 
     return rewrite
+
+
+@pytest.fixture
+def add_layer_attention(rewrite_card: Callable[..., None]) -> Callable[..., None]:
+    """Adds the output `layer_attention` to an artefact, card and graph: constant + g * varying, both (L, S).
+
+    g = sigmoid(the mean of an image's branch logits). Written as protobuf, so that nothing here needs onnx.
+    """
+
+    def add(folder: Path, rows: Sequence[LayerAttentionInfo], constant: np.ndarray, varying: np.ndarray) -> None:
+        graph = b"".join(
+            [
+                _tensor("layers.axes", np.array([1, 2])),
+                _tensor("layers.constant", np.asarray(constant, np.float32)),
+                _tensor("layers.varying", np.asarray(varying, np.float32)),
+                _node("ReduceMean", [BRANCH_LOGITS, "layers.axes"], "layers.mean"),
+                _node("Sigmoid", ["layers.mean"], "layers.g"),
+                _node("Mul", ["layers.g", "layers.varying"], "layers.moved"),
+                _node("Add", ["layers.constant", "layers.moved"], LAYER_ATTENTION),
+                _output(LAYER_ATTENTION, np.shape(constant)),
+            ]
+        )
+        with (folder / MODEL_FILE).open("ab") as file:
+            file.write(_field(7, graph))  # a second graph is merged into the first
+        rewrite_card(folder, layer_attention=rows)
+
+    return add
+
+
+def _node(kind: str, inputs: Sequence[str], output: str) -> bytes:
+    return _field(
+        1, b"".join(_field(1, name.encode()) for name in inputs) + _field(2, output.encode()) + _field(4, kind.encode())
+    )
+
+
+def _tensor(name: str, values: np.ndarray) -> bytes:
+    kind = {np.float32: 1, np.int64: 7}[values.dtype.type]
+    sizes = b"".join(_number(1, size) for size in values.shape)
+    return _field(5, sizes + _number(2, kind) + _field(8, name.encode()) + _field(9, values.tobytes()))
+
+
+def _output(name: str, shape: tuple[int, ...]) -> bytes:
+    sizes = [_field(2, b"batch"), *(_number(1, size) for size in shape)]
+    tensor = _number(1, 1) + _field(2, b"".join(_field(1, size) for size in sizes))
+    return _field(12, _field(1, name.encode()) + _field(2, _field(1, tensor)))
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -24,7 +24,7 @@ def outputs():
 
 def test_answer_of_a_red_image(colour_card, outputs):
     """Fused logits (4, 0.5, 0) over temperature 2; evidence for red 2/3, 2 and -1/6."""
-    prediction, top_k, stages, agreement = interpret(colour_card(), outputs, image=1, top_k=3)
+    prediction, top_k, stages, agreement, _ = interpret(colour_card(), outputs, image=1, top_k=3)
     total = exp(2) + exp(0.25) + 1
     assert [(p.label, p.index) for p in top_k] == [("red", 0), ("green", 1), ("blue", 2)]
     assert [p.confidence for p in top_k] == pytest.approx([exp(2) / total, exp(0.25) / total, 1 / total])
@@ -75,3 +75,39 @@ def test_numbers_that_are_not_finite_are_refused(colour_card, outputs, field, va
     with pytest.raises(InferenceError, match="not finite"):
         interpret(colour_card(), outputs, 1, 3)
     assert interpret(colour_card(), outputs, 0, 1).prediction.label == "green"  # the other image is none the worse
+
+
+# The layers' own attention
+
+
+@pytest.fixture
+def layered_outputs(layered_model):
+    """Of an image of the colour (1, 0.2, 0.4), behind one of (0, 1, 0.6)."""
+    colours = np.array([[0, 255, 153], [255, 51, 102]], np.uint8)
+    return layered_model.inference._network.run(colours[:, None, None])
+
+
+def weights(interpretation):
+    return [[source.weight for source in row.sources] for row in interpretation.layer_attention]
+
+
+def test_each_image_of_a_batch_gets_what_its_own_blocks_drew_on(layered_model, layered_outputs):
+    rows = [weights(interpret(layered_model.card, layered_outputs, image, 1, layers=True)) for image in (0, 1)]
+    for row, expected in zip(rows[0], [[0.25, 0.75], [0.5, 0.3, 0.2], [0.6]], strict=True):
+        assert row == pytest.approx(expected)
+    for row, expected in zip(rows[1], [[0.5, 0.5], [0.1, 0.2, 0.7], [0.4]], strict=True):
+        assert row == pytest.approx(expected)
+
+
+def test_layer_attention_only_where_asked_for_and_there(colour_card, outputs, layered_model, layered_outputs):
+    assert interpret(layered_model.card, layered_outputs, 1, 1).layer_attention == []
+    assert interpret(colour_card(), outputs, 1, 1, layers=True).layer_attention == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_layer_attention_that_is_not_finite_is_refused_where_it_would_be_told(layered_model, layered_outputs, value):
+    layered_outputs.layer_attention[1, 1, 2] = value
+    with pytest.raises(InferenceError, match="not finite"):
+        interpret(layered_model.card, layered_outputs, 1, 1, layers=True)
+    assert interpret(layered_model.card, layered_outputs, 1, 1).layer_attention == []
+    assert len(interpret(layered_model.card, layered_outputs, 0, 1, layers=True).layer_attention) == 3

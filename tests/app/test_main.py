@@ -69,10 +69,18 @@ def test_openapi_tells_both_forms_of_request_and_the_form_of_errors(colours):
     document = colours.get("/openapi.json").json()
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
-    assert [parameter["name"] for parameter in predict["parameters"]] == ["model", "version", "top_k"]
+    assert [parameter["name"] for parameter in predict["parameters"]] == ["model", "version", "top_k", "layers"]
     for path, statuses in ERRORS.items():
         (operation,) = document["paths"][path].values()
         assert set(operation["responses"]) == statuses | {"200"}
         for status in statuses:
             assert list(operation["responses"][status]["content"]) == ["application/problem+json"]
     assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_openapi_tells_shares_from_gates_and_that_nobody_gets_them_unasked(colours):
+    schemas = colours.get("/openapi.json").json()["components"]["schemas"]
+    told = schemas["LayerAttention"]["properties"]["kind"]["description"]
+    assert "share: the weights sum to 1" in told
+    assert "gate (MRLA-light): each is a number in 0..1 by itself, and they do not sum to 1" in told
+    assert set(schemas["Answer"]["properties"]) - set(schemas["Answer"]["required"]) == {"layer_attention"}

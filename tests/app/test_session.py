@@ -164,6 +164,64 @@ def test_a_graph_that_fails_when_run(artefact, monkeypatch):
         Session(artefact, CPU)
 
 
+# The layers' own attention: rows of 2 shares, 3 shares and 1 gate; g differs from image to image
+
+CONSTANT = np.array([[0, 1, 0], [0.5, 0, 0.5], [0, 0, 0]])
+VARYING = np.array([[1, -1, 0], [-0.5, 0.5, 0], [1, 0, 0]])
+
+
+@pytest.fixture
+def rows(layered_model):
+    return layered_model.card.layer_attention
+
+
+def test_layer_attention_is_the_graphs_image_by_image(artefact, images, rows, add_layer_attention):
+    plain = Session(artefact, CPU).run(images)
+    assert plain.layer_attention is None
+    add_layer_attention(artefact, rows, CONSTANT, VARYING)
+    outputs = Session(artefact, CPU).run(images)
+    g = 1 / (1 + np.exp(-plain.branch_logits.mean(axis=(1, 2))))
+    assert np.ptp(g) > 0.01
+    np.testing.assert_allclose(outputs.layer_attention, CONSTANT + g[:, None, None] * VARYING, atol=1e-4)
+    np.testing.assert_allclose(outputs.layer_attention[:, :2].sum(axis=2), 1, rtol=1e-6)
+    np.testing.assert_array_equal(outputs.logits, plain.logits)
+
+
+@pytest.mark.parametrize(
+    ("place", "added", "complaint"),
+    [
+        ((1, 2), 0.01, r"of stage2\.block3 does not sum to 1"),
+        ((0, slice(0, 2)), (2, -2), r"of stage1\.block3 is not in 0\.\.1"),  # they sum to 1
+        ((2, 0), 1.01, r"of stage3\.block1 is not in 0\.\.1"),
+        ((2, 0), -1.01, r"of stage3\.block1 is not in 0\.\.1"),
+        ((0, 2), 0.01, r"of stage1\.block3 is not zero beyond its sources"),
+        ((2, 1), 0.01, r"of stage3\.block1 is not zero beyond its sources"),
+        ((0, 0), np.nan, "holds numbers that are not finite"),
+    ],
+)
+def test_layer_attention_that_breaks_the_contract(artefact, rows, add_layer_attention, place, added, complaint):
+    constant = CONSTANT.copy()
+    constant[place] += added
+    add_layer_attention(artefact, rows, constant, VARYING)
+    with pytest.raises(ModelError, match=f"`layer_attention` {complaint}"):
+        Session(artefact, CPU)
+
+
+def test_layer_attention_on_the_card_or_in_the_graph_alone(artefact, rows, rewrite_card, add_layer_attention):
+    rewrite_card(artefact, layer_attention=rows)
+    with pytest.raises(ModelError, match=r"`layer_attention` is nothing, but its card says float32\[N, 3, 3\]"):
+        Session(artefact, CPU)
+    add_layer_attention(artefact, rows, CONSTANT, VARYING)
+    rewrite_card(artefact, layer_attention=rows[1:])
+    with pytest.raises(
+        ModelError, match=r"`layer_attention` is float32\[N, 3, 3\], but its card says float32\[N, 2, 3"
+    ):
+        Session(artefact, CPU)
+    rewrite_card(artefact, layer_attention=())
+    with pytest.raises(ModelError, match=r"`layer_attention` is float32\[N, 3, 3\], but its card says nothing"):
+        Session(artefact, CPU)
+
+
 # Providers
 
 

@@ -210,6 +210,75 @@ def test_confidence_follows_from_what_the_stages_say(colours, photos, name):
         assert entry["confidence"] == pytest.approx(confidences[entry["index"]] / confidences.sum(), rel=1e-4)
 
 
+# The layers' own attention, by hand
+
+
+def told(answer):
+    """All that does not differ from request to request."""
+    return {name: value for name, value in answer.json().items() if name not in ("request_id", "timing_ms")}
+
+
+def test_layer_attention_where_asked_for(layered):
+    """Of an image of the colour (0.6, 0.2, 0.4)."""
+    content = solid((153, 51, 102))
+    answer = told(layered.post("/predict?layers=true", content=content))
+    assert answer.pop("layer_attention") == [
+        {
+            "block": "stage1.block3",
+            "module": "AFI",
+            "kind": "share",
+            "sources": [
+                {"name": "stage1.block1", "weight": pytest.approx(0.4)},
+                {"name": "stage1.block2", "weight": pytest.approx(0.6)},
+            ],
+        },
+        {
+            "block": "stage2.block3",
+            "module": "MRLA-base",
+            "kind": "share",
+            "sources": [
+                {"name": "stage2.block1", "weight": pytest.approx(0.1)},
+                {"name": "stage2.block2", "weight": pytest.approx(0.2)},
+                {"name": "stage2.block3", "weight": pytest.approx(0.7)},
+            ],
+        },
+        {
+            "block": "stage3.block1",
+            "module": "MRLA-light",
+            "kind": "gate",
+            "sources": [{"name": "stage3.block1", "weight": pytest.approx(0.4)}],
+        },
+    ]
+    assert answer == told(layered.post("/predict", content=content))
+
+
+@pytest.mark.parametrize("query", ["", "layers=false", "layers=0"])
+def test_no_layer_attention_where_not_asked_for(layered, colours, query):
+    for client in (layered, colours):
+        answer = client.post(f"/predict?{query}", content=solid("red"))
+        assert answer.status_code == 200
+        assert "layer_attention" not in answer.json()
+
+
+@pytest.mark.parametrize("content", [solid("red"), b"no image", b""], ids=["image", "no image", "nothing"])
+def test_a_network_without_layer_attention_is_told_before_the_image_is_read(layered, content):
+    answer = layered.post("/predict?layers=true&model=colours", content=content)
+    assert code(answer) == (422, "no_layer_attention")
+    assert answer.json()["detail"] == (
+        "the layers of model 'colours' have no attention of their own. Leave `layers` out, or ask for a model whose "
+        "card (GET /model) lists `layer_attention`."
+    )
+    assert layered.get("/model?model=colours").json()["layer_attention"] == []
+    assert layered.get("/model").json()["layer_attention"] != []
+
+
+@pytest.mark.parametrize("layers", ["", "2", "-1", "1.0", "maybe", "truee", "%00", "null", "[true]"])
+def test_a_bad_layers_is_refused(layered, layers):
+    answer = layered.post(f"/predict?layers={layers}", content=solid("red"))
+    assert code(answer) == (422, "invalid_parameter")
+    assert "'layers'" in answer.json()["detail"]
+
+
 # The bundled model
 
 
@@ -259,3 +328,20 @@ def test_a_raw_body_and_a_form_give_one_answer(digits, photos):
     ]
     assert answers[0]["stages"] == answers[1]["stages"]
     assert answers[0]["top_k"] == answers[1]["top_k"]
+
+
+def test_layer_attention_of_an_artefact(serve, artefact, photos, add_layer_attention, layered_model):
+    """Over HTTP as from the bare session: rows by the card, values by the graph."""
+    constant, varying = [[0, 1, 0], [0.5, 0, 0.5], [0, 0, 0]], [[1, -1, 0], [-0.5, 0.5, 0], [1, 0, 0]]
+    rows = layered_model.card.layer_attention
+    add_layer_attention(artefact, rows, constant, varying)
+    session = Session(artefact, Settings(provider="cpu"))
+    with serve(create_app(Settings(exports=artefact.parents[1]))) as client:
+        for name in ("camera.png", "horse.png"):
+            answer = client.post("/predict?layers=true", content=(photos / name).read_bytes()).json()["layer_attention"]
+            (expected,) = session.run(read_input(photos / name, session.card.input)[None]).layer_attention
+            for told, row, values in zip(answer, rows, expected, strict=True):
+                assert [source["name"] for source in told["sources"]] == list(row.sources)
+                weights = [source["weight"] for source in told["sources"]]
+                assert weights == pytest.approx(values[: len(weights)], abs=1e-4)
+                assert sum(weights) == pytest.approx(1) or row.kind == "gate"
