@@ -1,40 +1,17 @@
 """Networks by name, in timm's manner."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from model.backbones.backbone import Backbone
-from model.backbones.vgg import PLAIN_BRANCHES, VGG16, PlainNet
+from model.catalogue import BACKBONES
 from model.contract import InterflowError
 from model.interflow import Interflow
 from model.methods import find_method
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered backbone, and where its paper puts it.
-
-    Attributes:
-        build: takes `in_channels`, `width` and the backbone's own options.
-        image_size: pixels a side that it was published at.
-        classes: it was published with.
-        accuracy: the paper's, top-1, in words; empty where the papers give none.
-    """
-
-    build: Callable[..., Backbone]
-    image_size: int = 32
-    classes: int = 100
-    accuracy: str = ""
-
-
-BACKBONES: dict[str, Entry] = {
-    "vgg16": Entry(VGG16, 32, 10, "CIFAR-10: Normal 91.12, S3 92.12"),
-} | {f"plain{layers}": Entry(partial(PlainNet, layers=layers), 32, 10) for layers in PLAIN_BRANCHES}
 
 
 def list_models(pattern: str = "*") -> list[str]:
