@@ -120,8 +120,7 @@ def _channel_attention(name: str | None, channels: int) -> nn.Module:
         return nn.Identity()
     from timm import layers  # noqa: PLC0415 - takes seconds, and only Table 2 needs it
 
-    modules = {"se": layers.SEModule, "ge": layers.GatherExcite, "cbam": layers.CbamModule, "eca": layers.EcaModule}
-    return modules[name](channels)
+    return layers.create_attn(name, channels)
 
 
 class FirstLayer(NamedTuple):

@@ -47,7 +47,5 @@ class AFI(nn.Module):
         if pooled is None:
             pooled = [feature.mean(dim=(2, 3)) for feature in features]
         weights = self.scores(torch.stack(list(pooled))).softmax(dim=0)
-        fused = weights[0, :, :, None, None] * features[0]
-        for weight, feature in zip(weights[1:], features[1:], strict=True):
-            fused = torch.addcmul(fused, weight[:, :, None, None], feature)
-        return fused, weights
+        parts = [weight * feature for weight, feature in zip(weights[..., None, None].unbind(), features, strict=True)]
+        return sum(parts[1:], parts[0]), weights

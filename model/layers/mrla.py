@@ -120,7 +120,6 @@ class MRLABase(nn.Module):
         layers = [*earlier, mine]
         scores = torch.stack([(query * layer.key).sum(dim=2) for layer in layers], dim=2)
         attention = (scores * self.projections.scale).softmax(dim=2)
-        drawn = attention[:, :, 0, None, None, None] * layers[0].value
-        for j, layer in enumerate(layers[1:], start=1):
-            drawn = torch.addcmul(drawn, attention[:, :, j, None, None, None], layer.value)
-        return drawn.flatten(1, 2), attention, mine
+        shares = attention[..., None, None, None].unbind(dim=2)
+        parts = [share * layer.value for share, layer in zip(shares, layers, strict=True)]
+        return sum(parts[1:], parts[0]).flatten(1, 2), attention, mine
