@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from model.backbones.backbone import Backbone
+from model.backbones.from_timm import TimmNetwork
+from model.backbones.from_torchvision import TorchvisionNetwork
+from model.backbones.weights import IN_CHECKPOINT, few, load_weights, read_weights
 from model.catalogue import BACKBONES
 from model.contract import InterflowError
 from model.interflow import Interflow
 from model.methods import find_method
 
+LIBRARIES: dict[str, type[TimmNetwork | TorchvisionNetwork]] = {"timm": TimmNetwork, "torchvision": TorchvisionNetwork}
+
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` takes, sorted; `pattern` is a shell wildcard."""
-    return sorted(name for name in BACKBONES if fnmatch(name, pattern))
+    """Names that `create_model` takes, sorted; `pattern` is a shell wildcard.
+
+    Those of this project; or of a library, where the pattern begins with its name: `timm/*`, `torchvision/resnet*`.
+    """
+    library = pattern.partition("/")[0]
+    names = [f"{library}/{name}" for name in LIBRARIES[library].names()] if library in LIBRARIES else list(BACKBONES)
+    return sorted(name for name in names if fnmatch(name, pattern))
 
 
 def create_model(
@@ -48,14 +58,16 @@ def create_model(
         shared_heads: branches of equal channels share one linear layer.
         neck: "aff" or "iaff": a top-down path that fuses each stage's map with the deeper ones before its branch.
         image_size: height and width; networks with position embeddings are made for one size, others ignore it.
-        pretrained: a safetensors file with the backbone's weights; or True for those that timm or torchvision download.
+        pretrained: True for the weights that timm or torchvision download; or a safetensors file: a checkpoint of this
+            project whose backbone has these layers or more, or for a library's network its own weights.
         options: the backbone's own.
 
     Returns:
         The network; its forward pass takes normalised images (N, in_channels, height, width).
 
     Raises:
-        InterflowError: a name, number or option that names no such network, saying which ones there are.
+        InterflowError: a name, number or option that names no such network, saying which ones there are; weights that
+            cannot be had, or do not fit.
     """
     if num_classes < 2:
         raise InterflowError(f"num_classes {num_classes}: a classifier needs at least 2 classes.")
@@ -64,9 +76,16 @@ def create_model(
     if not 0 < width < float("inf"):
         raise InterflowError(f"width {width}: expected a positive multiplier of the channels, such as 0.5.")
     chosen = find_method(method)
-    backbone = _build(name, options, in_channels=in_channels, width=width, image_size=image_size, pretrained=pretrained)
+    checkpoint = read_weights(pretrained, IN_CHECKPOINT) if isinstance(pretrained, Path) else {}
+    pretrained_whole = False if checkpoint else pretrained
+    backbone = _build(
+        name, options, in_channels=in_channels, width=width, image_size=image_size, pretrained=pretrained_whole
+    )
+    whole = backbone.state_dict()
     own = backbone.own_branches if chosen.initial_weights is None else None
     backbone.tap(own or chosen.branches, depth, taps)
+    if checkpoint:
+        load_weights(backbone, checkpoint, f"{pretrained} for {name}", spare=whole)
     return Interflow(backbone, chosen, num_classes, shared_heads, neck)
 
 
@@ -79,10 +98,25 @@ def _build(
     image_size: tuple[int, int] | None,
     pretrained: bool | Path,
 ) -> Backbone:
+    library, slash, rest = name.partition("/")
+    if slash and library in LIBRARIES:
+        if width != 1:
+            raise InterflowError(f"width {width}: the channels of {name} are fixed; leave width at 1.")
+        return LIBRARIES[library](
+            rest, in_channels=in_channels, image_size=image_size, pretrained=pretrained, **options
+        )
     if name not in BACKBONES:
-        raise InterflowError(f"backbone {name!r} is unknown; choose one of {', '.join(list_models())}.")
+        raise InterflowError(
+            f"backbone {name!r} is unknown; choose one of {', '.join(list_models())}, "
+            f"or {' or '.join(f'{library}/<name>' for library in LIBRARIES)}."
+        )
     if pretrained is True:
         raise InterflowError(f"{name} has no weights to download; give a safetensors file, or leave pretrained off.")
+    if pretrained:
+        raise InterflowError(
+            f"{pretrained}: {name} takes the weights of a checkpoint, where names begin with {IN_CHECKPOINT}; "
+            f"these are {few(read_weights(pretrained))}."
+        )
     build = BACKBONES[name].build
     arguments = inspect.signature(build).parameters
     fixed = build.keywords if isinstance(build, partial) else {}

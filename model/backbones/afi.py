@@ -120,7 +120,8 @@ def _channel_attention(name: str | None, channels: int) -> nn.Module:
         return nn.Identity()
     from timm import layers  # noqa: PLC0415 - takes seconds, and only Table 2 needs it
 
-    return layers.create_attn(name, channels)
+    # gather-excite in its form without parameters: timm 1.0.31 cannot build the one with an MLP
+    return layers.create_attn(name, channels, **{"use_mlp": False} if name == "ge" else {})
 
 
 class FirstLayer(NamedTuple):

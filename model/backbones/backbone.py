@@ -41,6 +41,13 @@ class LayerAttention(NamedTuple):
     """(N, sources), averaged over channels, heads and positions."""
 
 
+class Normalization(NamedTuple):
+    """Mean and deviation per channel, of pixels scaled to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class Features(NamedTuple):
     """What a backbone gives: maps (N, channels, h, w) of its stages, shallow to deep, and its layers' own attention."""
 
@@ -58,11 +65,13 @@ class Backbone(nn.Module):
         points: all that can be tapped.
         stages: the tapped ones; all points before `tap` was called.
         own_branches: how many branches its paper gives this network, where that is not the method's 4 or 7.
+        normalization: of the images that its pretrained weights expect; None for random ones.
     """
 
     points: list[Stage]
     stages: list[Stage]
     own_branches: int | None = None
+    normalization: Normalization | None = None
 
     def __init__(self, points: Sequence[Stage]) -> None:
         super().__init__()

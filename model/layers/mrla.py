@@ -30,10 +30,10 @@ class Projections(nn.Module):
     Args:
         channels: C.
         dim_per_head: d; divides C.
-        kernel: ks; `kernel_length(channels)` where None.
+        kernel: ks, odd; `kernel_length(channels)` where None.
 
     Raises:
-        InterflowError: d does not divide C.
+        InterflowError: d does not divide C, or ks is even.
     """
 
     def __init__(self, channels: int, dim_per_head: int, kernel: int | None = None) -> None:
@@ -41,6 +41,8 @@ class Projections(nn.Module):
         if channels % dim_per_head:
             raise InterflowError(f"MRLA has heads of {dim_per_head} channels, which do not divide {channels}.")
         kernel = kernel_length(channels) if kernel is None else kernel
+        if kernel % 2 == 0:
+            raise InterflowError(f"MRLA kernel length {kernel}: expected an odd number, so that it has a middle.")
         self.heads, self.scale = channels // dim_per_head, 1 / math.sqrt(dim_per_head)
         self.query = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
         self.key = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
