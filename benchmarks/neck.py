@@ -1,0 +1,69 @@
+"""Two runs side by side, such as one with a top-down neck and one without: `python benchmarks/neck.py RUN RUN`.
+
+Draws their accuracies, fused and by stage, and where each stage of each network looked in one test image: its evidence
+for the answer's class on the grid of its map (contribution less its mean over the classes), red for, blue against.
+
+FOUND
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from model.interflow import Normalize
+from training.artefact import network_of
+from training.checkpoint import load_network
+from training.run import Run
+
+
+def main() -> None:
+    """Draw."""
+    parser = argparse.ArgumentParser(description="Accuracies and evidence maps of two runs on one image.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs on the same data")
+    parser.add_argument("--sample", type=int, default=0, help="which of the runs' 20 test images")
+    parser.add_argument("--out", type=Path, default=Path("docs/neck.png"))
+    options = parser.parse_args()
+
+    cards = [Run(folder).finished_card() for folder in options.runs]
+    columns = 1 + max(len(card.stages) for card in cards)
+    figure, axes = plt.subplots(
+        len(cards), columns, figsize=(2.4 * columns, 2.9 * len(cards)), squeeze=False, layout="constrained"
+    )
+    for folder, card, row in zip(options.runs, cards, axes, strict=True):
+        network = network_of(card)
+        load_network(Run(folder).checkpoint, network)
+        pixels = torch.from_numpy(Run(folder).load_samples()[options.sample : options.sample + 1])
+        with torch.inference_mode():
+            output = network(Normalize(card.input.mean, card.input.std)(pixels))
+        answer = int(output.logits.argmax())
+        confidence = float((output.logits / card.temperature).softmax(dim=1).max())
+        neck = f"neck {card.backbone.neck}" if card.backbone.neck else "no neck"
+        row[0].imshow(pixels[0])
+        row[0].set_title(
+            f"{card.backbone.name} {card.method.name}, {neck}\ntest accuracy {card.metrics.accuracy:.2%}\n"
+            f"{card.classes[answer]!r}, {confidence:.0%}",
+            fontsize="small",
+        )
+        evidence = []
+        for branch_map, weights in zip(output.branch_maps, network.attention.matrix(), strict=True):
+            added = weights[:, None, None] * branch_map[0]
+            evidence.append((added - added.mean(dim=0))[answer])
+        most = max(float(m.abs().max()) for m in evidence)
+        for axis, stage, found, accuracy in zip(
+            row[1:], card.stages, evidence, card.metrics.branch_accuracy, strict=False
+        ):
+            axis.imshow(pixels[0].float().mean(dim=2), cmap="gray", alpha=0.6, extent=(0, 1, 1, 0))
+            axis.imshow(found, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.6, extent=(0, 1, 1, 0))
+            text = f"{stage.name}: reading {accuracy:.2%}\nevidence {float(found.mean()):+.2f}"
+            axis.set_title(text, fontsize="small")
+        for axis in row:
+            axis.axis("off")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=110)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
