@@ -24,7 +24,7 @@ classifier counted as the linear layer that it was published as. Points are what
 the branches are those of S3 (S1 for the plain networks), unless `--taps` says otherwise. Accuracies are the papers', of
 the plain classifier where nothing else is said; none of them is reproduced here yet.
 
-| network | image | classes | parameters | multiply-adds | points | default branches | own attention | paper's top-1, % |
+| network | image | classes | parameters | multiply-adds | points | default branches | own attention | paper's top-1 |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
