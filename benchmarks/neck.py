@@ -35,7 +35,7 @@ def main() -> None:
         network = network_of(card)
         load_network(Run(folder).checkpoint, network)
         pixels = torch.from_numpy(Run(folder).load_samples()[options.sample : options.sample + 1])
-        with torch.inference_mode():
+        with torch.no_grad():
             output = network(Normalize(card.input.mean, card.input.std)(pixels))
         answer = int(output.logits.argmax())
         confidence = float((output.logits / card.temperature).softmax(dim=1).max())
@@ -47,7 +47,7 @@ def main() -> None:
             fontsize="small",
         )
         evidence = []
-        for branch_map, weights in zip(output.branch_maps, network.attention.matrix(), strict=True):
+        for branch_map, weights in zip(output.branch_maps, network.attention.matrix().detach(), strict=True):
             added = weights[:, None, None] * branch_map[0]
             evidence.append((added - added.mean(dim=0))[answer])
         most = max(float(m.abs().max()) for m in evidence)

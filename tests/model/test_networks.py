@@ -1,5 +1,7 @@
 """Every registered network: the published parameters and multiply-adds to the unit, forward, backward, taps."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,9 @@ MULTIPLY_ADDS = {
 """Of all convolutions, and of the classifier as a linear layer; one image."""
 
 
+BIG = re.compile("101|110|152|plain[5-9]0|plain100")
+
+
 def plain(name, **options):
     """The classifier without branches, as it was published; no numbers in its tensors."""
     entry = BACKBONES[name]
@@ -119,7 +124,9 @@ def test_the_plain_classifier_has_the_published_multiply_adds(name, expected):
 
 
 @pytest.mark.parametrize("method", ["normal", "S1", "S3"])
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if BIG.search(name) else ()) for name in list_models()]
+)
 def test_every_network_learns_from_its_input(name, method, pixels):
     size = size_for(name)
     torch.manual_seed(0)
