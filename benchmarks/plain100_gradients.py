@@ -10,11 +10,11 @@ Found (width 0.25, seed 0, 2 CPU cores; docs/plain100-gradients.png):
   convolution amplifies it: 1.6e6 in the first convolution of Normal and 2.3e5 of S1, against 2.6 and 0.17 in the last.
 - The first steps at such gradients make the early weights so large that batch norm, which divides by their scale, lets
   next to nothing through from then on. After 40 steps at rate 1e-3, Normal's gradient falls from 1e-1 in the last
-  convolution to 1e-14 in the first; S1's lies between 1e-6 and 1e-3 in all of them, for its branches feed it on the way.
+  convolution to 1e-14 in the first; S1's lies between 1e-6 and 1e-3 in all of them: its branches feed it on the way.
 - Both learn the batch: loss 0.04 (Normal) and 2e-4 (S1). Normal does so with its last layers alone; that one batch
-  is no test of depth. At rate 1e-2 both reach nearly 0, and S1's loss 0 exactly, after which it has no gradient. (Not
-  drawn: at widths of 0.0625 and 0.125 on 64 digits, neither learns the batch in 40 steps at rate 1e-3, and S1 diverges
-  at 1e-2, where Normal stands still at a loss of 2.25, which is that of guessing.)
+  is no test of depth. At rate 1e-2 both reach nearly 0, and S1's loss 0 exactly, after which it has no gradient.
+- Narrower networks on 64 digits (not drawn): at width 0.0625 and rate 1e-3 neither learns the batch in 40 steps; at
+  rate 1e-2, widths 0.0625 and 0.125, S1 diverges, and Normal stands still at 2.25, little better than guessing.
 """
 
 import argparse

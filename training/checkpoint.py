@@ -32,7 +32,7 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
     Args:
         path: ends in .safetensors.
         network: its parameters and buffers are saved.
-        optimizer: over the network's parameters in their order.
+        optimizer: over those of its parameters that are trained.
         totals: what the epoch has summed up so far.
         progress: goes into the one metadata entry, as sorted JSON.
 
@@ -41,7 +41,7 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
     """
     tensors = {_NETWORK + name: tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):  # SGD has None where no momentum was asked for
                 tensors[f"{_OPTIMIZER}{name}:{key}"] = value
     tensors[_RANDOM] = torch.get_rng_state()

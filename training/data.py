@@ -20,6 +20,7 @@ from training.folders import HELD_OUT_TEST, TEST, TRAIN, FoundSet, read_folder
 from training.recipe import Recipe
 from training.splits import Split, stratified
 
+DIGITS_SIZE, DIGITS_CHANNELS = 8, 1
 FOLDER_SIZE, FOLDER_CHANNELS = 64, 3
 STATISTICS_SAMPLE = 5000
 """Files that mean and deviation are taken from; images in memory all count."""
@@ -73,13 +74,11 @@ def load_data(recipe: Recipe) -> ImageData:
         InterflowError: nothing there, no images, one class, classes that differ between the splits, damaged images
             (unless the recipe skips them), or too few to hold some out; names the place.
     """
-    name = recipe.data
+    name, spec = recipe.data, input_spec(recipe)
     if recipe.data == "digits":
-        spec = _spec(recipe, size=8, channels=1)
         found = _digits(spec)
     elif recipe.data in NAMED_SETS:
         named = NAMED_SETS[recipe.data]
-        spec = _spec(recipe, named.size, named.channels)
         root = recipe.data_dir / recipe.data
         if (root / TRAIN).is_dir():
             if not (root / TEST[0]).is_dir():
@@ -93,7 +92,6 @@ def load_data(recipe: Recipe) -> ImageData:
             found = _download(recipe.data, named, recipe.data_dir, spec)
     else:
         root = Path(recipe.data)
-        spec = _spec(recipe, FOLDER_SIZE, FOLDER_CHANNELS)
         found = read_folder(root, spec, recipe)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().name).strip("._-") or "images"
 
@@ -104,11 +102,13 @@ def load_data(recipe: Recipe) -> ImageData:
             raise InterflowError(f"class {name_of_class} has no readable image in test; every class needs some there.")
     kept, held = stratified(found.train.labels, found.classes, recipe.val_fraction)
     train = found.train.subset(kept)
-    mean, std = _statistics(train, recipe.workers)
+    if recipe.mean is None:
+        mean, std = _statistics(train, recipe.workers)
+        spec = spec.model_copy(update={"mean": mean, "std": std})
     return ImageData(
         name=name,
         classes=found.classes,
-        spec=spec.model_copy(update={"mean": mean, "std": std}),
+        spec=spec,
         train=train,
         val=found.train.subset(held) if len(held) else None,
         test=found.test,
@@ -117,12 +117,24 @@ def load_data(recipe: Recipe) -> ImageData:
     )
 
 
-def _spec(recipe: Recipe, size: int, channels: int) -> InputSpec:
-    """The input before the training images' mean and deviation are known."""
+def input_spec(recipe: Recipe) -> InputSpec:
+    """The network's input, with mean 0 and deviation 1 where only the images will tell.
+
+    Raises:
+        InterflowError: the recipe's mean or std are not one value per channel.
+    """
+    if recipe.data == "digits":
+        size, channels = DIGITS_SIZE, DIGITS_CHANNELS
+    elif recipe.data in NAMED_SETS:
+        size, channels = NAMED_SETS[recipe.data].size, NAMED_SETS[recipe.data].channels
+    else:
+        size, channels = FOLDER_SIZE, FOLDER_CHANNELS
     side, channels = recipe.image_size or size, recipe.channels or channels
-    neutral = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    mean, std = recipe.mean or (0.0,) * channels, recipe.std or (1.0,) * channels
+    if not len(mean) == len(std) == channels:
+        raise InterflowError(f"mean {mean} and std {std}: expected {channels} of each, one per channel of the images.")
     return InputSpec.model_validate(
-        {"height": side, "width": side, "channels": channels, "resize": recipe.resize, **neutral}
+        {"height": side, "width": side, "channels": channels, "resize": recipe.resize, "mean": mean, "std": std}
     )
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,20 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
     if done <= recipe.warmup:
         return recipe.lr * done / recipe.warmup
     return recipe.lr * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup))) / 2
+
+
+def trained_groups(network: Interflow, recipe: Recipe) -> list[dict[str, Any]]:
+    """What the optimiser gets: parameters in groups, with the factor of their learning rate.
+
+    A frozen backbone is in none, and its parameters ask for no gradients, so that none are computed for it.
+    """
+    frozen = recipe.freeze == "backbone"
+    network.backbone.requires_grad_(not frozen)
+    rest = [parameter for name, parameter in network.named_parameters() if not name.startswith("backbone.")]
+    groups: list[dict[str, Any]] = [{"params": rest, "factor": 1.0}]
+    if not frozen:
+        groups.append({"params": list(network.backbone.parameters()), "factor": recipe.backbone_lr})
+    return groups
 
 
 def training_loss(output: InterflowOutput, labels: Tensor, auxiliary: float) -> Tensor:
@@ -121,7 +136,11 @@ class _Training:
         self.network, self.data, self.recipe, self.run, self.device = network.to(device), data, recipe, run, device
         self.normalize = Normalize(data.spec.mean, data.spec.std).to(device)
         self.optimizer = torch.optim.SGD(
-            network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+            trained_groups(network, recipe),
+            recipe.lr,
+            recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
         )
         self.epoch, self.step = 0, 0
         # images, loss, right answers of the fused logits and of each stage: summed on the device, read once per epoch
@@ -151,6 +170,8 @@ class _Training:
     def _train_epoch(self, stop: list[int]) -> int:
         """Train the epoch from `self.step` on; returns the images trained."""
         self.network.train()
+        if self.recipe.freeze == "backbone":
+            self.network.backbone.eval()  # batch norm's statistics and dropout are frozen, too
         order = self._order()
         saved, trained = time.monotonic(), 0
         with tqdm(
@@ -186,7 +207,7 @@ class _Training:
 
     def _train_step(self, images: Tensor, labels: Tensor, steps: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.epoch, self.step, steps)
+            group["lr"] = group["factor"] * learning_rate(self.recipe, self.epoch, self.step, steps)
         images = augment(images, self.recipe, self._generator(self.epoch, 1 + self.step)).to(self.device)
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):

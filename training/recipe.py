@@ -12,6 +12,9 @@ from model.contract import InterflowError
 
 RECIPES = Path(__file__).parent / "recipes"
 
+SEVERAL = {"taps": "TAP", "options": "NAME=VALUE", "mean": "MEAN", "std": "STD"}
+"""Settings that take several values on the command line, and what one of them is called in its help."""
+
 Size = Annotated[int, Field(ge=1, le=4096)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,11 +64,21 @@ class Recipe(BaseModel):
         "data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder"
     )
     resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash, of other shapes")
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = _setting(
+        "data", None, "per channel, of pixels scaled to 0..1; what the weights of --init expect, or the images' own"
+    )
+    std: tuple[Positive, ...] | None = _setting("data", None, "as --mean, with which it comes")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
     skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")
     workers: Annotated[int, Field(ge=0)] = _setting("data", _usable_cpus(), "processes that decode a folder")
 
-    backbone: str = _setting("network", "vgg16", "name of a registered backbone")
+    backbone: str = _setting("network", "vgg16", "name of a registered backbone, timm/<name> or torchvision/<name>")
+    init: str | None = _setting(
+        "network",
+        None,
+        "of the backbone: pretrained (those that timm or torchvision download), or a .safetensors file with such "
+        "weights or a run's checkpoint; else random",
+    )
     method: str = _setting("network", "S3", "normal, or S0 to S9 (Interflow, Table II)")
     depth: int | None = _setting("network", None, "layers of the backbone; all of them")
     width: Annotated[float, Field(gt=0, le=64)] = _setting("network", 1.0, "multiplier of the layers' channels")
@@ -83,6 +96,8 @@ class Recipe(BaseModel):
     epochs: Annotated[int, Field(ge=1)] = _setting("training", 100, "passes over the training images")
     batch_size: Annotated[int, Field(ge=2, le=65536)] = _setting("training", 64, "images a step")
     lr: Positive = _setting("training", 1e-3, "learning rate, at its highest")
+    backbone_lr: Positive = _setting("training", 1.0, "factor of the learning rate for the backbone")
+    freeze: Literal["none", "backbone"] = _setting("training", "none", "none or backbone: train all, or the rest only")
     momentum: Annotated[float, Field(ge=0, lt=1)] = _setting("training", 0.95, "of SGD")
     nesterov: bool = _setting("training", False, "Nesterov's momentum")
     weight_decay: NonNegative = _setting("training", 5e-4, "of all parameters")
@@ -103,6 +118,10 @@ class Recipe(BaseModel):
     def _fits_together(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are given together or not at all")
+        if self.freeze == "backbone" and self.init is None:
+            raise ValueError("a frozen backbone needs weights to start from: give --init, or --freeze none")
         return self
 
     def to_yaml(self) -> str:
@@ -124,10 +143,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {field.default})"
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=not_given, help=text)
-        elif name == "taps":
-            group.add_argument(flag, nargs="+", metavar="TAP", default=not_given, help=text)
-        elif name == "options":
-            group.add_argument(flag, nargs="+", metavar="NAME=VALUE", default=not_given, help=text)
+        elif name in SEVERAL:
+            group.add_argument(flag, nargs="+", metavar=SEVERAL[name], default=not_given, help=text)
         else:
             group.add_argument(flag, metavar=name.split("_")[-1].upper(), default=not_given, help=text)
 

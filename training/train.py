@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.contract import ModelCard
+from model.backbones.backbone import Normalization
+from model.contract import InputSpec, ModelCard
 from model.interflow import Interflow
 from model.registry import create_model
 from training import cli
-from training.data import ImageData, load_data
+from training.data import ImageData, input_spec, load_data
 from training.finish import finish
 from training.loop import StoppedError, choose_device, train
 from training.recipe import Recipe, add_recipe_options, load_recipe, resolve_recipe
@@ -44,10 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = resolve_recipe(named, options)
             folder = choose_folder(out, recipe)
         device = choose_device(recipe.device)
+        begun = resume is not None and run.checkpoint.is_file()  # it holds the weights, whatever they began as
+        network = build_network(recipe, 2, input_spec(recipe), begun)  # refuses now what else it would after the data
+        recipe = with_normalization(recipe, network.backbone.normalization)
         print(recipe.to_yaml())
-        build_network(recipe, num_classes=2, in_channels=1)  # refuses now what it would refuse after the data is read
         data = load_data(recipe)
-        network = build_network(recipe, len(data.classes), data.spec.channels)
+        network = build_network(recipe, len(data.classes), data.spec, begun)
         if not resume:  # now that nothing is left to refuse
             run = held.enter_context(Run.create(folder, recipe))
         return _train(network, data, recipe, run, device)
@@ -72,33 +75,54 @@ def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device
     return 0
 
 
-def build_network(recipe: Recipe, num_classes: int, in_channels: int) -> Interflow:
-    """The recipe's network, its weights drawn from the recipe's seed. Raises as `create_model`."""
+def build_network(recipe: Recipe, num_classes: int, spec: InputSpec, begun: bool = False) -> Interflow:
+    """The recipe's network, its weights drawn from the recipe's seed.
+
+    Args:
+        recipe: says which.
+        num_classes: of the data.
+        spec: of the images, for their size and channels.
+        begun: whether the run has a checkpoint, so that weights to start from are not wanted any more.
+
+    Raises:
+        InterflowError: as `create_model`.
+    """
     torch.manual_seed(recipe.seed)
+    init = None if begun else recipe.init
     return create_model(
         recipe.backbone,
         method=recipe.method,
         num_classes=num_classes,
-        in_channels=in_channels,
+        in_channels=spec.channels,
         depth=recipe.depth,
         width=recipe.width,
         taps=recipe.taps,
         shared_heads=recipe.shared_heads,
         neck=recipe.neck,
+        image_size=(spec.height, spec.width),
+        pretrained=init == "pretrained" or (init is not None and Path(init)),
         **recipe.options,
     )
 
 
+def with_normalization(recipe: Recipe, normalization: Normalization | None) -> Recipe:
+    """The recipe, with the mean and deviation that pretrained weights expect where it does not give its own."""
+    if normalization is None or recipe.mean is not None:
+        return recipe
+    return recipe.model_copy(update=normalization._asdict())
+
+
 def summary(card: ModelCard) -> str:
     """The card's figures as a table for people."""
+    wide = max(10, *(len(stage.name) + 2 for stage in card.stages))
     lines = [
         f"test: {card.metrics.accuracy:.2%} of {card.metrics.images} images right, ECE {card.metrics.ece:.2%}",
-        f"{'stage':<10}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
+        f"{'stage':<{wide}}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
     ]
     for stage, accuracy, importance, weights in zip(
         card.stages, card.metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
     ):
-        lines.append(f"{stage.name:<10}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
+        lines.append(f"{stage.name:<{wide}}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
     return "\n".join(lines)
 
 

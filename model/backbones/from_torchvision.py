@@ -1,6 +1,5 @@
 """Any classification network of torchvision as a backbone."""
 
-import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -215,15 +214,12 @@ def _extractor(network: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def _do_nothing_in_place(extractor: Any) -> None:
-    """Where any node may be tapped, or what follows it would change the map; that never happens behind the points."""
+    """Let nothing overwrite the map of a tapped node; behind the points, where modules end, nothing does anyway."""
     for module in extractor.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
     for graph in (extractor.train_graph, extractor.eval_graph):
         for node in graph.nodes:
-            if node.target is operator.iadd:
-                node.target = operator.add
             if node.kwargs.get("inplace"):
                 node.update_kwarg("inplace", False)
-    extractor.train(not extractor.training)  # takes up the changed graph,
-    extractor.train(not extractor.training)  # both of them
+    extractor.recompile()

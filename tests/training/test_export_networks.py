@@ -16,15 +16,18 @@ from training.verify import verify
 
 QUICK = {"vgg16", "afi_resnet32_b", "aff_resnext38_32x4d", "iaff_resnet50", "mrla_light_deit_tiny"}
 """One of each family; the others take many minutes together."""
+LIBRARY = ["timm/resnet18", "timm/vit_tiny_patch16_224", "torchvision/mobilenet_v3_small"]
+"""Modules, tokens with position embeddings, and a traced graph; each is exported in its own way."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(BACKBONES)]
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(BACKBONES)] + LIBRARY,
 )
 @pytest.mark.timeout(1200)
 def test_every_network_is_exported_with_all_checks(name, exported, photographs, tmp_path):
     """S3, at full width; the sums, the comparison with PyTorch, the server's warm-up, and its answer to two images."""
-    size = BACKBONES[name].image_size if BACKBONES[name].image_size == 32 else 64
+    size = 32 if name in BACKBONES and BACKBONES[name].image_size == 32 else 64
     template = ModelCard.from_json((exported / "digits" / "1" / "model.json").read_bytes(), "card")
     spec = template.input.model_copy(
         update={"height": size, "width": size, "channels": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from model.contract import InterflowError
 from model.interflow import InterflowOutput
-from training.loop import choose_device, learning_rate, training_loss
+from model.registry import create_model
+from training.loop import choose_device, learning_rate, trained_groups, training_loss
 from training.recipe import Recipe, resolve_recipe
 
 
@@ -37,7 +38,7 @@ def test_one_cycle_holds_at_its_extremes(warmup):
 def test_the_auxiliary_loss_judges_contributions_never_raw_branch_logits():
     z = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]])
     w = torch.tensor([[[1.0, 1.0], [-1.0, -1.0]]])
-    output = InterflowOutput((w * z).sum(1), z, w, ())
+    output = InterflowOutput((w * z).sum(1), z, w, (), ())
     labels = torch.tensor([0])
     fused = functional.cross_entropy(torch.tensor([[3.0, -2.0]]), labels)
     stages = functional.cross_entropy(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), torch.tensor([0, 0]))
@@ -51,3 +52,14 @@ def test_a_device_that_is_not_there_is_refused():
         assert choose_device("auto") == torch.device("cpu")
         with pytest.raises(InterflowError, match="no CUDA device; give --device cpu"):
             choose_device("cuda")
+
+
+def test_the_optimiser_gets_every_parameter_once_and_none_that_is_frozen():
+    network = create_model("vgg16", width=0.05, neck="aff")
+    backbone, all_of_it = set(network.backbone.parameters()), set(network.parameters())
+    frozen = trained_groups(network, Recipe(freeze="backbone", init="weights.safetensors"))
+    assert [set(group["params"]) for group in frozen] == [all_of_it - backbone]
+    rest, slow = trained_groups(network, Recipe(backbone_lr=0.1))
+    assert (set(rest["params"]), set(slow["params"])) == (all_of_it - backbone, backbone)
+    assert (rest["factor"], slow["factor"]) == (1, 0.1)
+    assert all(parameter.requires_grad for parameter in all_of_it)

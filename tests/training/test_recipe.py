@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from model.contract import InterflowError
-from training.recipe import RECIPES, Recipe, add_recipe_options, load_recipe, resolve_recipe
+from training.recipe import RECIPES, SEVERAL, Recipe, add_recipe_options, load_recipe, resolve_recipe
 
 
 def test_the_papers_recipe_is_the_papers():
@@ -53,7 +53,7 @@ def test_every_setting_is_an_option_of_the_command_line():
             expected[name] = True
         else:
             arguments += [flag, "1"]
-            expected[name] = ["1"] if name in ("taps", "options") else "1"
+            expected[name] = ["1"] if name in SEVERAL else "1"
     assert vars(parser.parse_args(arguments)) == expected
 
 
