@@ -3,7 +3,14 @@
 Draws their accuracies, fused and by stage, and where each stage of each network looked in one test image: its evidence
 for the answer's class on the grid of its map (contribution less its mean over the classes), red for, blue against.
 
-FOUND
+Found (docs/neck.png; VGG-16 S3 at width 0.125, 4 epochs of CIFAR-10, seed 0, one CPU thread; test accuracy in %):
+
+                 fused   conv7  conv9  conv11  conv13     with --recipe paper --epochs 4 --drop-epochs 1
+    no neck      70.33   60.67  68.43   69.68   68.10     --val-fraction 0.1 --auxiliary-loss 1 --lr 0.02
+    neck aff     63.36   60.88  63.04   63.11   61.71     (at --lr 0.005: 68.21 without, 63.42 with)
+
+In so short a training the neck costs accuracy: its branches share what the deepest stage says, and end up alike. What
+it gives is the first stage's map: in the picture, of the whole object where without it single cells spoke.
 """
 
 import argparse

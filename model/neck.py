@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from model.backbones.backbone import Features, LayerAttention, Stage
 from model.contract import InterflowError
-from model.initialization import he
+from model.initialization import he, xavier
 from model.layers.aff import FUSIONS, shares
 
 
@@ -42,7 +42,8 @@ class TopDown(nn.Module):
         channels = [stage.channels for stage in stages]
         self.lateral = nn.ModuleList(nn.Conv2d(channels[i + 1], channels[i], 1) for i in range(len(stages) - 1))
         self.fusions = nn.ModuleList(FUSIONS[fusion](channels[i], reduction) for i in range(len(stages) - 1))
-        self.apply(he)
+        self.fusions.apply(he)
+        self.lateral.apply(xavier)  # no ReLU follows
 
     def forward(self, features: Features) -> Features:
         """Maps of any sizes to fused maps of the same sizes; adds one row of attention per fusion."""
