@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.backbones.afi import AFISettings, Feature, Integrate
+from model.backbones.afi import AFISettings, Feature, FirstLayer, Integrate
 from model.backbones.chain import Memory
 from model.backbones.resnet import BaseRetrieval, LightRetrieval, ResidualBlock
 from model.layers.aff import AFF, IAFF, MSCAM, MultiScaleAttention
@@ -245,14 +245,13 @@ def _afi_basic_block(golden: Golden) -> None:
     features, channels, kernel, _ = golden.left["conv1_weight"].shape
     settings = AFISettings(expanded=features == channels, reduction=_reduction(*reversed(golden.left["w1"].shape)))
     block = ResidualBlock(
-        conv_bn(channels, features, kernel),
+        FirstLayer(conv_bn(channels, features, kernel), Integrate(features, settings), 2 * features),
         conv_bn(2 * features, channels, golden.size("conv2_weight", -1), relu=False),
         nn.Identity(),
-        afi=Integrate(features, settings),
     ).to(golden.dtype)
-    afi = block.afi.afi
-    golden.fill({"conv1_weight": block.first[0].weight, "conv2_weight": block.rest[0].weight})
-    golden.fill(_norm("bn1", block.first[1]) | _norm("bn2", block.rest[1]))
+    first, afi = block.first.convolution, block.first.afi.afi
+    golden.fill({"conv1_weight": first[0].weight, "conv2_weight": block.rest[0].weight})
+    golden.fill(_norm("bn1", first[1]) | _norm("bn2", block.rest[1]))
     golden.fill({"w1": afi.squeeze.weight, "w2": afi.excite.weight})
     afi.register_forward_hook(lambda _afi, _inputs, outputs: golden.note({"fused": outputs[0]}))
     for mode in golden.modes(block):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.backbones.backbone import Backbone
-from model.backbones.chain import Memory
+from model.backbones.chain import Block, Memory
 from model.contract import InterflowError
 from model.layers.afi import AFI
 
@@ -124,21 +124,40 @@ def _channel_attention(name: str | None, channels: int) -> nn.Module:
     return layers.create_attn(name, channels, **{"use_mlp": False} if name == "ge" else {})
 
 
-class FirstLayer(NamedTuple):
-    """The first convolution of a block with AFI or without: its output channels, what follows it, what that gives."""
+class FirstLayer(Block):
+    """A block's first convolution, and what AFI adds to it.
 
-    channels: int
-    afi: Remember | Integrate | None
-    out_channels: int
+    Args:
+        convolution: with batch norm and ReLU.
+        afi: joins or remembers its output; None without AFI.
+        out_channels: of what this gives.
+    """
+
+    def __init__(self, convolution: nn.Module, afi: Remember | Integrate | None, out_channels: int) -> None:
+        super().__init__()
+        self.convolution, self.afi, self.out_channels = convolution, afi, out_channels
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """As `Block.forward`."""
+        feature = self.convolution(x)
+        return feature if self.afi is None else self.afi(feature, memory)
 
 
 def first_layer(
-    settings: AFISettings | None, channels: int, *, stage: int, block: int, stride: int = 1, later: int | None = None
+    settings: AFISettings | None,
+    convolution: Callable[[int], nn.Module],
+    channels: int,
+    *,
+    stage: int,
+    block: int,
+    stride: int = 1,
+    later: int | None = None,
 ) -> FirstLayer:
-    """Plan a block's first convolution.
+    """Make a block's first convolution.
 
     Args:
         settings: None for a network without AFI.
+        convolution: makes it, of so many output channels.
         channels: C, of the convolution without AFI.
         stage: counted from 1.
         block: within the stage, counted from 1.
@@ -146,12 +165,12 @@ def first_layer(
         later: C in the stage's other blocks, where it is another.
     """
     if settings is None or (settings.stages is not None and stage not in settings.stages):
-        return FirstLayer(channels, None, channels)
+        return FirstLayer(convolution(channels), None, channels)
     if block == 1:
         remember = Remember(settings.features(later or channels), stride, settings)
-        return FirstLayer(channels, remember, channels)
+        return FirstLayer(convolution(channels), remember, channels)
     features = settings.features(channels)
-    return FirstLayer(features, Integrate(features, settings), 2 * features)
+    return FirstLayer(convolution(features), Integrate(features, settings), 2 * features)
 
 
 def with_afi(build: Callable[..., Backbone], *, expanded: bool, reduction: int) -> Callable[..., Backbone]:

@@ -1,5 +1,7 @@
 """MobileNetV2 for CIFAR, as kuangliu/pytorch-cifar has it, plain or with AFI (AFINets, Sec. 4.1)."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from model.backbones.afi import AFISettings, FirstLayer, first_layer
@@ -36,8 +38,7 @@ class InvertedResidual(Block):
 
     def __init__(self, in_channels: int, expanded: int, out_channels: int, stride: int, first: FirstLayer) -> None:
         super().__init__()
-        self.first = conv_bn(in_channels, first.channels, 1)
-        self.afi = first.afi
+        self.first = first
         spatial = min(expanded, first.out_channels)
         self.rest = nn.Sequential(
             conv_bn(first.out_channels, spatial, 3, stride=stride, groups=spatial),
@@ -50,10 +51,7 @@ class InvertedResidual(Block):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """As `Block.forward`."""
-        feature = self.first(x)
-        if self.afi is not None:
-            feature = self.afi(feature, memory)
-        out = self.rest(feature)
+        out = self.rest(self.first(x, memory))
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
@@ -74,7 +72,8 @@ class MobileNetV2(Chain):
             stage: list[tuple[Stage, Block]] = []
             for i in range(1, blocks + 1):
                 stride, expanded = row_stride if i == 1 else 1, expansion * previous
-                first = first_layer(afi, expanded, stage=s, block=i, stride=stride, later=expansion * out)
+                convolution = partial(conv_bn, previous, kernel=1)
+                first = first_layer(afi, convolution, expanded, stage=s, block=i, stride=stride, later=expansion * out)
                 block = InvertedResidual(previous, expanded, out, stride, first)
                 depth, previous = depth + 3, out
                 stage.append((Stage(f"stage{s}.block{i}", depth, out), block))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from model.backbones.afi import AFISettings, Integrate, Remember, first_layer
+from model.backbones.afi import AFISettings, FirstLayer, first_layer
 from model.backbones.backbone import Stage
 from model.backbones.chain import Block, Chain, Memory
 from model.contract import InterflowError
@@ -21,11 +22,10 @@ SHORTCUT, BRANCH = "shortcut", "residual branch"
 
 
 class ResidualBlock(Block):
-    """relu(branch(x) + shortcut(x)), the branch being a first convolution, what AFI adds to it, and the rest.
+    """relu(branch(x) + shortcut(x)), the branch being a first layer and the rest.
 
     Args:
-        first: convolution, batch norm, ReLU.
-        afi: joins or remembers its output.
+        first: convolution, batch norm, ReLU, and what AFI adds to them.
         rest: to the branch's output, after its last batch norm.
         shortcut: to the same shape.
         fuse: AFF or iAFF instead of the addition.
@@ -34,24 +34,21 @@ class ResidualBlock(Block):
 
     def __init__(
         self,
-        first: nn.Module,
+        first: FirstLayer,
         rest: nn.Module,
         shortcut: nn.Module,
         *,
-        afi: Remember | Integrate | None = None,
         fuse: AFF | IAFF | None = None,
         mrla: "LightRetrieval | BaseRetrieval | None" = None,
     ) -> None:
         super().__init__()
         self.first, self.rest, self.shortcut = first, rest, shortcut
-        self.afi, self.fuse, self.mrla = afi, fuse, mrla
+        self.fuse, self.mrla = fuse, mrla
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """As `Block.forward`."""
-        feature = self.first(x)
-        if self.afi is not None:
-            feature = self.afi(feature, memory)
-        out = merge(self.fuse, self.rest(feature), skip := self.shortcut(x), memory).relu()
+        branch, skip = self.rest(self.first(x, memory)), self.shortcut(x)
+        out = merge(self.fuse, branch, skip, memory).relu()
         return out if self.mrla is None else self.mrla(out, skip, memory)
 
 
@@ -206,23 +203,24 @@ class ResNet(Chain):
             stage: list[tuple[Stage, Block]] = []
             for i in range(1, row.blocks + 1):
                 stride = row.stride if i == 1 else 1
-                first = first_layer(afi, inner, stage=s, block=i, stride=stride if layout.bottleneck else 1)
                 if layout.bottleneck:
-                    convolution = conv_bn(previous, first.channels, 1)
+                    convolution, later_stride = partial(conv_bn, previous, kernel=1), stride
+                else:
+                    convolution, later_stride = partial(conv_bn, previous, kernel=3, stride=stride), 1
+                first = first_layer(afi, convolution, inner, stage=s, block=i, stride=later_stride)
+                if layout.bottleneck:
                     rest = [
                         conv_bn(first.out_channels, inner, 3, stride=stride, groups=layout.groups),
                         conv_bn(inner, out, 1, relu=False),
                     ]
                 else:
-                    convolution = conv_bn(previous, first.channels, 3, stride=stride)
                     rest = [conv_bn(first.out_channels, out, 3, relu=False)]
                 if zero_init:
                     nn.init.zeros_(rest[-1].get_parameter("1.weight"))
                 block = ResidualBlock(
-                    convolution,
+                    first,
                     nn.Sequential(*rest, *_squeeze_excite(se, out)),
                     _shortcut(previous, out, stride, pooled=layout.pooled_shortcut),
-                    afi=first.afi,
                     fuse=None if fusion is None else fusion.module(s, out),
                     mrla=None if mrla is None else mrla(out),
                 )

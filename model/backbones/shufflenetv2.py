@@ -4,6 +4,8 @@ The AFI paper's ShuffleNetV2 rows (0.94 M parameters) fit none of the variants t
 AFI on the first 1x1 convolution of the blocks of stride 1.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,7 @@ class DownBlock(Block):
     Args:
         in_channels: of x.
         half: half of the output's channels.
-        first: plan of the right half's first convolution.
+        first: first layer of the right half.
     """
 
     def __init__(self, in_channels: int, half: int, first: FirstLayer) -> None:
@@ -38,16 +40,12 @@ class DownBlock(Block):
             conv_bn(in_channels, in_channels, 3, stride=2, groups=in_channels, relu=False),
             conv_bn(in_channels, half, 1),
         )
-        self.first = conv_bn(in_channels, half, 1)
-        self.afi = first.afi
+        self.first = first
         self.rest = nn.Sequential(conv_bn(half, half, 3, stride=2, groups=half, relu=False), conv_bn(half, half, 1))
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """As `Block.forward`."""
-        feature = self.first(x)
-        if self.afi is not None:
-            feature = self.afi(feature, memory)
-        return shuffle(torch.cat([self.left(x), self.rest(feature)], dim=1))
+        return shuffle(torch.cat([self.left(x), self.rest(self.first(x, memory))], dim=1))
 
 
 class ShuffleBlock(Block):
@@ -55,13 +53,12 @@ class ShuffleBlock(Block):
 
     Args:
         half: half of the channels, C.
-        first: plan of the first convolution.
+        first: first layer.
     """
 
     def __init__(self, half: int, first: FirstLayer) -> None:
         super().__init__()
-        self.first = conv_bn(half, first.channels, 1)
-        self.afi = first.afi
+        self.first = first
         spatial = min(half, first.out_channels)
         self.rest = nn.Sequential(
             conv_bn(first.out_channels, spatial, 3, groups=spatial, relu=False), conv_bn(spatial, half, 1)
@@ -69,11 +66,8 @@ class ShuffleBlock(Block):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """As `Block.forward`."""
-        passed, feature = x.chunk(2, dim=1)
-        feature = self.first(feature)
-        if self.afi is not None:
-            feature = self.afi(feature, memory)
-        return shuffle(torch.cat([passed, self.rest(feature)], dim=1))
+        passed, convolved = x.chunk(2, dim=1)
+        return shuffle(torch.cat([passed, self.rest(self.first(convolved, memory))], dim=1))
 
 
 class ShuffleNetV2(Chain):
@@ -92,7 +86,8 @@ class ShuffleNetV2(Chain):
             half = scaled(channels // 2, width)
             stage: list[tuple[Stage, Block]] = []
             for i in range(1, blocks + 2):
-                first = first_layer(afi, half, stage=s, block=i, stride=2 if i == 1 else 1)
+                convolution = partial(conv_bn, previous if i == 1 else half, kernel=1)
+                first = first_layer(afi, convolution, half, stage=s, block=i, stride=2 if i == 1 else 1)
                 block = DownBlock(previous, half, first) if i == 1 else ShuffleBlock(half, first)
                 depth, previous = depth + 3, 2 * half
                 stage.append((Stage(f"stage{s}.block{i}", depth, previous), block))
