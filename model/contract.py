@@ -162,6 +162,8 @@ class Provenance(_Part):
     """When the card was written; the server's default is the model with the newest."""
     run: str
     """Name of the training run's folder."""
+    init: str | None = None
+    """What the backbone's weights started from: "pretrained" (the library's), or a file's name; None: random ones."""
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the network's tensors in safetensors form."""
     git_revision: str | None

@@ -2,6 +2,7 @@
 
 import platform
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
         provenance=Provenance(
             created=datetime.now(UTC),
             run=run.folder.name,
+            init=None if recipe.init is None else Path(recipe.init).name,
             weights_sha256=weights_sha256(network),
             git_revision=git_revision(),
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},

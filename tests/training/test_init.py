@@ -73,6 +73,7 @@ def test_the_input_is_what_the_weights_expect_to_the_end_of_the_path(frozen, tmp
     card = ModelCard.from_json((frozen / "card.json").read_bytes(), "card")
     assert (card.input.mean, card.input.std) == ((0.5,), (0.5,))
     assert card.backbone.name == "timm/test_resnet"
+    assert card.provenance.init == "model.safetensors"
     assert export(["--run", str(frozen), "--out", str(tmp_path / "exports")]) == 0
     exported = ModelCard.from_json((tmp_path / "exports" / "digits" / "1" / "model.json").read_bytes(), "card")
     assert exported.input == card.input
