@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from model.contract import METADATA_KEY, InterflowError
 from training.files import replacing
 
-_NETWORK, _OPTIMIZER, _RANDOM, _CUDA_RANDOM, _TOTALS = "network.", "optimizer.", "random.cpu", "random.cuda", "totals"
+_NETWORK, _OPTIMIZER, _RANDOM, _CUDA_RANDOM, _STATE = "network.", "optimizer.", "random.cpu", "random.cuda", "state."
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ class Progress:
     data: str
 
 
-def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals: Tensor, progress: Progress) -> None:
+def save_checkpoint(
+    path: Path, network: nn.Module, optimizer: Optimizer, state: Mapping[str, Tensor], progress: Progress
+) -> None:
     """Write the whole state under a temporary name, then rename: a kill leaves the previous checkpoint.
 
     Args:
         path: ends in .safetensors.
         network: its parameters and buffers are saved.
         optimizer: over those of its parameters that are trained.
-        totals: what the epoch has summed up so far.
+        state: what else the run carries, by name.
         progress: goes into the one metadata entry, as sorted JSON.
 
     Raises:
@@ -47,7 +50,7 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
     tensors[_RANDOM] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
-    tensors[_TOTALS] = totals
+    tensors |= {_STATE + name: tensor for name, tensor in state.items()}
     metadata = {METADATA_KEY: json.dumps(asdict(progress), sort_keys=True)}
     try:
         with replacing(path) as temporary:
@@ -58,8 +61,8 @@ def save_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, totals
         ) from error
 
 
-def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer) -> tuple[Progress, Tensor]:
-    """Put a saved state back, in place; returns where the run stood and its totals.
+def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, state: Mapping[str, Tensor]) -> Progress:
+    """Put a saved state back, in place; returns where the run stood.
 
     Raises:
         InterflowError: not a checkpoint, or one of another network.
@@ -69,13 +72,18 @@ def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer) -> tup
     for name, parameter in network.named_parameters():
         prefix = f"{_OPTIMIZER}{name}:"
         for key in [key for key in tensors if key.startswith(prefix)]:
-            optimizer.state[parameter][key.removeprefix(prefix)] = tensors[key].to(parameter.device)
-    if not {_RANDOM, _TOTALS} <= set(tensors):
-        raise InterflowError(f"{path}: not a whole checkpoint (no {_RANDOM} or {_TOTALS}); begin a new run.")
+            value = tensors[key].to(parameter.device)
+            if value.shape == parameter.shape:  # in the parameter's layout, as the fused optimisers expect it
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            optimizer.state[parameter][key.removeprefix(prefix)] = value
+    if missing := {_RANDOM, *(_STATE + name for name in state)} - set(tensors):
+        raise InterflowError(f"{path}: not a whole checkpoint (no {', '.join(sorted(missing))}); begin a new run.")
+    for name, tensor in state.items():
+        tensor.copy_(tensors[_STATE + name])
     torch.set_rng_state(tensors[_RANDOM])
     if torch.cuda.is_available() and _CUDA_RANDOM in tensors:
         torch.cuda.set_rng_state(tensors[_CUDA_RANDOM])
-    return progress, tensors[_TOTALS]
+    return progress
 
 
 def load_network(path: Path, network: nn.Module) -> dict[str, Tensor]:

@@ -66,6 +66,16 @@ class ImageData:
     fingerprint: str
     """Changes with any pixel or label: a resumed run must see what it saw before."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self.spec.height, self.spec.width
+
+    def to(self, device: torch.device) -> "ImageData":
+        """With the images that are in memory on that device."""
+        val = self.val and self.val.to(device)
+        return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
+
 
 def load_data(recipe: Recipe) -> ImageData:
     """Load a recipe's data set, splitting off what is held out.

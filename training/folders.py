@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from model.contract import InputSpec, InterflowError
 from model.images import ImageError
+from training.cache import Decoded, DecodedCache
 from training.recipe import Recipe
 from training.splits import FolderImages, Split, fetch, read_file, stratified
 
@@ -63,7 +64,7 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
     if test_root and test_root.name == TEST[0] and any((root / name).is_dir() for name in TEST[1:]):
         print(f"note: {root} has a validation folder beside {test_root.name}/; it is not used.")
     if test_root is None:
-        whole, digest, skipped = _decode(paths, labels, spec, recipe)
+        whole, digest, skipped = _decode(root, paths, labels, spec, recipe)
         kept, held = stratified(whole.labels, classes, HELD_OUT_TEST)
         return FoundSet(classes, whole.subset(kept), whole.subset(held), digest, skipped)
     test_classes, test_paths, test_labels = _list_images(test_root)
@@ -73,8 +74,8 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
             f"{root}: {TRAIN} and {test_root.name} have different classes: only one of them has {odd}. "
             f"Both need the same folders."
         )
-    train, digest, skipped = _decode(paths, labels, spec, recipe)
-    test, test_digest, test_skipped = _decode(test_paths, test_labels, spec, recipe)
+    train, digest, skipped = _decode(root / TRAIN, paths, labels, spec, recipe)
+    test, test_digest, test_skipped = _decode(test_root, test_paths, test_labels, spec, recipe)
     return FoundSet(classes, train, test, digest + test_digest, skipped + test_skipped)
 
 
@@ -101,9 +102,14 @@ def _is_image_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recipe) -> tuple[Split, str, int]:
+def _decode(
+    root: Path, paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recipe
+) -> tuple[Split, str, int]:
     """Decode all files; returns what can be read (in memory where it fits), its digest, and how many cannot."""
     keep = len(paths) * spec.height * spec.width * spec.channels <= IN_MEMORY_BYTES
+    cache = DecodedCache(recipe.data_dir, root, paths, spec) if keep and recipe.cache else None
+    if cache and (decoded := cache.load()):
+        return Split(decoded.images, torch.tensor(labels)), decoded.digest, 0
     order = torch.arange(len(paths)).split(64)
     good, images, damaged = [], [], []
     digest = hashlib.sha256()
@@ -125,6 +131,8 @@ def _decode(paths: list[Path], labels: list[int], spec: InputSpec, recipe: Recip
     kept = torch.cat(images) if keep else FolderImages([paths[i] for i in good], spec)
     kept_labels = torch.tensor(labels)[good]
     digest.update(kept_labels.numpy().tobytes())
+    if cache and not damaged:
+        cache.save(Decoded(torch.cat(images), digest.hexdigest()))
     return Split(kept, kept_labels), digest.hexdigest(), len(damaged)
 
 

@@ -6,29 +6,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model.contract import InterflowError
-from model.interflow import Interflow, InterflowOutput, Normalize
-from training.augment import augment
+from model.interflow import Interflow, Normalize
+from training.augment import draw_epoch
 from training.calibration import Predictions, branch_accuracy, fused_accuracy
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from training.data import ImageData
 from training.recipe import Recipe
 from training.run import Row, Run
 from training.splits import Split
+from training.step import Step, learning_rate
 
 EVALUATION_BATCH = 256
 """At most; a small batch size says that memory is short."""
 SAVE_EVERY_S = 300
-"""Within an epoch; at its end the state is saved anyway."""
+"""Within an epoch."""
+SHARE_OF_SAVING = 0.05
+"""Most of the time that saving after epochs may take: on a GPU an epoch can be shorter than writing its state."""
+SHOW_EVERY_S = 5
+"""Figures beside the progress bar: reading them makes the host wait for the device."""
+
+
+_END = object()
 
 
 class StoppedError(Exception):
@@ -48,53 +53,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def learning_rate(recipe: Recipe, epoch: int, step: int, steps: int) -> float:
-    """Rate of one step, a pure function of where it stands; epochs and steps counted from 0.
-
-    "step" is the paper's (Interflow, Sec. IV-B): constant, and a tenth for the last `drop_epochs`. "one_cycle" rises
-    linearly from 0 over `warmup` of all steps and falls along a cosine to 0.
-    """
-    if recipe.schedule == "step":
-        return recipe.lr * (0.1 if epoch >= recipe.epochs - recipe.drop_epochs else 1)
-    done = (epoch * steps + step + 1) / (recipe.epochs * steps)
-    if done <= recipe.warmup:
-        return recipe.lr * done / recipe.warmup
-    return recipe.lr * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup))) / 2
-
-
-def trained_groups(network: Interflow, recipe: Recipe) -> list[dict[str, Any]]:
-    """What the optimiser gets: parameters in groups, with the factor of their learning rate.
-
-    A frozen backbone is in none, and its parameters ask for no gradients, so that none are computed for it.
-    """
-    frozen = recipe.freeze == "backbone"
-    network.backbone.requires_grad_(not frozen)
-    rest = [parameter for name, parameter in network.named_parameters() if not name.startswith("backbone.")]
-    groups: list[dict[str, Any]] = [{"params": rest, "factor": 1.0}]
-    if not frozen:
-        groups.append({"params": list(network.backbone.parameters()), "factor": recipe.backbone_lr})
-    return groups
-
-
-def training_loss(output: InterflowOutput, labels: Tensor, auxiliary: float) -> Tensor:
-    """Cross-entropy on the fused logits (the paper's), plus `auxiliary` times its mean over the stages' contributions.
-
-    The second is ours: on w_i * z_i rather than z_i, because the sign and scale of z_i alone mean nothing.
-
-    Args:
-        output: of N images and B branches.
-        labels: (N,) class indices.
-        auxiliary: 0 for the paper's loss.
-    """
-    loss = functional.cross_entropy(output.logits, labels)
-    if auxiliary:
-        stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
-        loss = loss + auxiliary * functional.cross_entropy(
-            stages, labels.repeat_interleave(output.branch_logits.shape[1])
-        )
-    return loss
-
-
 def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> None:
     """Train to the recipe's last epoch, from the run's checkpoint where there is one; saves after every epoch.
 
@@ -105,7 +63,9 @@ def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device:
         StoppedError: SIGINT or SIGTERM came; the state is saved.
         InterflowError: the loss is no longer finite (the last good checkpoint is kept), or the data changed.
     """
-    _Training(network, data, recipe, run, device).run_all()
+    with stop_signals() as stop:
+        for _ in Training(network, data, recipe, run, device, stop=stop).steps():
+            pass
 
 
 @torch.inference_mode()
@@ -129,120 +89,145 @@ def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -
     return Predictions(branch_logits.numpy(), weights.numpy().copy(), split.labels.numpy())
 
 
-class _Training:
-    """One run's loop and everything it carries from step to step."""
+class Training:
+    """One run's loop, and everything that it carries from step to step.
 
-    def __init__(self, network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> None:
-        self.network, self.data, self.recipe, self.run, self.device = network.to(device), data, recipe, run, device
-        self.normalize = Normalize(data.spec.mean, data.spec.std).to(device)
-        self.optimizer = torch.optim.SGD(
-            trained_groups(network, recipe),
-            recipe.lr,
-            recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-        )
+    Args:
+        network, data: moved to `device`.
+        recipe: how to train.
+        run: where the state is saved, and gone on from where there is one.
+        device: to train on.
+        stop: from `stop_signals`.
+        quiet: print nothing; several runs side by side have one bar of their own.
+    """
+
+    def __init__(
+        self,
+        network: Interflow,
+        data: ImageData,
+        recipe: Recipe,
+        run: Run,
+        device: torch.device,
+        *,
+        stop: list[int],
+        quiet: bool = False,
+    ) -> None:
+        self.network, self.data = network.to(device), data.to(device)
+        if recipe.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.recipe, self.run, self.device, self.stop, self.quiet = recipe, run, device, stop, quiet
+        self.steps_per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
+        self.state = Step(self.network, self.data, recipe, recipe.epochs * self.steps_per_epoch, device)
         self.epoch, self.step = 0, 0
-        # images, loss, right answers of the fused logits and of each stage: summed on the device, read once per epoch
-        self.totals = torch.zeros(3 + len(network.stages), dtype=torch.float64, device=device)
         self.rows: list[Row] = []
+        self.saved_at, self.saving_takes = time.monotonic(), 0.0
         if run.checkpoint.is_file():
             self._resume()
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # all so far was done on another stream
+            self.stream = torch.cuda.Stream()
 
-    def run_all(self) -> None:
-        with _stop_signals() as stop, SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1) as writer:
+    def steps(self) -> Iterator[None]:
+        """Train, yielding after every step, so that several runs can take turns on one device.
+
+        At the end the network is what is to be served: the moving average of its weights where the recipe has one.
+
+        Raises:
+            StoppedError, InterflowError: as `train`.
+        """
+        steps = self._steps()
+        while True:
+            with torch.cuda.stream(self.stream):
+                if next(steps, _END) is _END:
+                    return
+            yield
+
+    def _steps(self) -> Iterator[None]:
+        with SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1) as writer:
             while self.epoch < self.recipe.epochs:
-                started = time.perf_counter()
-                trained = self._train_epoch(stop)
-                row = self._row(trained / (time.perf_counter() - started))
+                started, first = time.perf_counter(), self.step
+                yield from self._train_epoch()
+                size = self.recipe.batch_size
+                row = self._row(min(size * self.step, len(self.data.train)) - size * first, started)
                 self.epoch, self.step = self.epoch + 1, 0
-                self.totals.zero_()
+                self.state.totals.zero_()
                 self.rows.append(row)
                 self.run.save_history(self.rows)
                 for name, value in row.items():
                     writer.add_scalar(name, value, self.epoch)
                 writer.flush()
-                self._save()
-                print(self._describe(row))
-                if stop:
+                if self.epoch == self.recipe.epochs or self.stop or self._saving_is_due(SHARE_OF_SAVING):
+                    self._save()
+                if not self.quiet:
+                    print(self._describe(row))
+                if self.stop:
                     raise StoppedError
+        self.state.keep_average()
+        if self.stream:
+            self.stream.synchronize()
 
-    def _train_epoch(self, stop: list[int]) -> int:
-        """Train the epoch from `self.step` on; returns the images trained."""
+    def _train_epoch(self) -> Iterator[None]:
+        draws = draw_epoch(self.data.train.labels, self.data.size, self.recipe, self.epoch)
+        steps = range(self.steps_per_epoch)
+        rates = [learning_rate(self.recipe, self.epoch, step, len(steps)) for step in steps]
+        self.state.begin_epoch(draws, torch.tensor(rates), self.step)
         self.network.train()
         if self.recipe.freeze == "backbone":
             self.network.backbone.eval()  # batch norm's statistics and dropout are frozen, too
-        order = self._order()
-        saved, trained = time.monotonic(), 0
+        shown = time.monotonic()
         with tqdm(
-            total=len(order), initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}", unit="step",
-            leave=False, disable=None,
+            total=len(steps), initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}", unit="step",
+            leave=False, disable=True if self.quiet else None,
         ) as bar:  # fmt: skip
-            for images, labels in self._remaining_batches(order, stop):
-                self._train_step(images, labels, len(order))
+            for images in self._remaining_images(draws[:, 0]):
+                self.state.take(self.step, images)
                 self.step += 1
-                trained += len(labels)
                 bar.update()
-                if self.step % 20 == 0:
+                if time.monotonic() - shown > SHOW_EVERY_S:
                     self._require_finite()
-                    rate = trained / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix(
-                        loss=f"{self._mean(1):.3f}", accuracy=f"{self._mean(2):.1%}", images_s=f"{rate:.0f}"
-                    )
-                if stop or time.monotonic() - saved > SAVE_EVERY_S:
+                    bar.set_postfix(loss=f"{self._mean(1):.3f}", accuracy=f"{self._mean(2):.1%}")
+                    shown = time.monotonic()
+                if self.stop or time.monotonic() - self.saved_at > SAVE_EVERY_S:
                     self._save()
-                    saved = time.monotonic()
-                if stop:
+                if self.stop:
                     raise StoppedError
-        return trained
+                yield
 
-    def _remaining_batches(self, order: list[Tensor], stop: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _remaining_images(self, index: Tensor) -> Iterator[Tensor | None]:
+        """The images of each step to come where they are files; None where the step finds them itself."""
+        order = list(index.split(self.recipe.batch_size))[self.step : self.steps_per_epoch]
+        if isinstance(self.data.train.images, Tensor):
+            yield from (None for _ in order)
+            return
         try:
-            yield from self.data.train.batches(order[self.step :], self.recipe.workers)
+            for images, _ in self.data.train.batches(order, self.recipe.workers):
+                yield images
         except InterflowError as error:
-            if not stop:
+            if not self.stop:
                 raise
             self._save()  # the signal to stop has ended the processes that read images, too
             raise StoppedError from error
 
-    def _train_step(self, images: Tensor, labels: Tensor, steps: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.recipe, self.epoch, self.step, steps)
-        images = augment(images, self.recipe, self._generator(self.epoch, 1 + self.step)).to(self.device)
-        labels = labels.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            output: InterflowOutput = self.network(self.normalize(images))
-            loss = training_loss(output, labels, self.recipe.auxiliary_loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            stages = (output.branch_weights * output.branch_logits).argmax(dim=2) == labels[:, None]
-            right = (output.logits.argmax(dim=1) == labels).sum()
-            self.totals += torch.stack(
-                [labels.new_tensor(len(labels)), loss.double() * len(labels), right, *stages.sum(dim=0)]
-            )
-
-    def _order(self) -> list[Tensor]:
-        """Indices of the epoch's batches. A last batch of one image is left out: batch norm needs two."""
-        shuffled = torch.randperm(len(self.data.train), generator=self._generator(self.epoch, 0))
-        batches = list(shuffled.split(self.recipe.batch_size))
-        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-
-    def _generator(self, *where: int) -> torch.Generator:
-        seed = np.random.SeedSequence([self.recipe.seed, *where]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(seed[0]))
-
     def _mean(self, index: int) -> float:
-        return float(self.totals[index] / self.totals[0])
+        return float(self.state.totals[index] / self.state.totals[0])
 
-    def _row(self, images_per_second: float) -> Row:
+    def _row(self, trained: int, started: float) -> Row:
         """The epoch's figures. A stage's accuracy is its contribution's: its reading before scales are fitted."""
-        self._require_finite()
+        self._require_finite()  # which waits for the device, so that the time is the epoch's
+        images_per_second = trained / (time.perf_counter() - started)
         names = [stage.name for stage in self.network.stages]
         row: Row = {"epoch": self.epoch + 1, "lr": learning_rate(self.recipe, self.epoch, self.step - 1, self.step)}
         row |= {"train_loss": self._mean(1), "train_accuracy": self._mean(2)}
         row |= {f"train_accuracy/{name}": self._mean(3 + i) for i, name in enumerate(names)}
+        with self.state.averaged():
+            row |= self._held_out_row(names)
+        row["images_per_second"] = images_per_second
+        return row
+
+    def _held_out_row(self, names: list[str]) -> Row:
+        """Accuracies on what was held out, and the learned weights, of the network as it would be served."""
+        row: Row = {}
         if self.data.val:
             held_out = predict(self.network, self.data, self.data.val, self.recipe)
             accuracies = branch_accuracy(held_out, held_out.branch_weights)
@@ -255,7 +240,6 @@ class _Training:
                 row |= {
                     f"weight/{name}/{label}": value for label, value in zip(self.data.classes, weights, strict=True)
                 }
-        row["images_per_second"] = images_per_second
         return row
 
     def _describe(self, row: Row) -> str:
@@ -276,29 +260,45 @@ class _Training:
                 f"train again with a lower --lr (it was {self.recipe.lr:g}), or --precision float32."
             )
 
+    def _saving_is_due(self, share: float) -> bool:
+        """Whether saving now leaves at least `1 - share` of the time for training."""
+        return self.saving_takes <= share * (time.monotonic() - self.saved_at)
+
     def _save(self) -> None:
         if self.step:
             self._require_finite()
+        started = time.monotonic()
         progress = Progress(self.epoch, self.step, self.data.fingerprint)
-        save_checkpoint(self.run.checkpoint, self.network, self.optimizer, self.totals, progress)
+        with self.state.averaged():
+            save_checkpoint(self.run.checkpoint, self.network, self.state.optimizer, self.state.extra_state(), progress)
+        self.saved_at = time.monotonic()
+        self.saving_takes = self.saved_at - started
 
     def _resume(self) -> None:
-        progress, totals = load_checkpoint(self.run.checkpoint, self.network, self.optimizer)
+        with self.state.averaged():
+            progress = load_checkpoint(
+                self.run.checkpoint, self.network, self.state.optimizer, self.state.extra_state()
+            )
         if progress.data != self.data.fingerprint:
             raise InterflowError(
                 f"{self.run.folder}: the images are not those the run began with; put them back, or begin a new run."
             )
         self.epoch, self.step = progress.epoch, progress.step
-        self.totals.copy_(totals)
         self.rows = self.run.history()[: self.epoch]
         if len(self.rows) < self.epoch:
             raise InterflowError(f"{self.run.metrics}: not a whole history of {self.epoch} epochs; begin a new run.")
         self.run.save_history(self.rows)
-        print(f"resuming {self.run.folder} at epoch {self.epoch + 1}, step {self.step + 1}")
+        if not self.quiet:
+            print(f"resuming {self.run.folder} at epoch {self.epoch + 1}, step {self.step + 1}")
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Batches of an epoch. A last one of one image is left out: batch norm needs two."""
+    return max(1, math.ceil(images / batch_size) - (images % batch_size == 1))
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM append to, so that a step is never cut in two; a second one ends at once."""
     received: list[int] = []
 

@@ -70,6 +70,10 @@ class Recipe(BaseModel):
     std: tuple[Positive, ...] | None = _setting("data", None, "as --mean, with which it comes")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = _setting("data", 0.1, "of train, held out to fit readings on")
     skip_bad_images: bool = _setting("data", False, "leave out and count images that cannot be read")
+    balance: Literal["none", "loss", "sampler"] = _setting(
+        "data", "none", "for rare classes: loss weighs images, sampler draws them, by 1 / images of their class"
+    )
+    cache: bool = _setting("data", True, "keep the decoded images of a folder below data_dir for the next run")
     workers: Annotated[int, Field(ge=0)] = _setting("data", _usable_cpus(), "processes that decode a folder")
 
     backbone: str = _setting("network", "vgg16", "name of a registered backbone, timm/<name> or torchvision/<name>")
@@ -105,13 +109,25 @@ class Recipe(BaseModel):
     drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 0, "step: last epochs, at a tenth of the rate")
     warmup: Probability = _setting("training", 0.2, "one_cycle: share of the steps in which the rate rises")
     auxiliary_loss: NonNegative = _setting("training", 0.0, "weight of the loss on every stage's contribution")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        "training", 0.0, "of the labels, towards all classes alike"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        "training", 0.0, "share of the run's steps that the moving average of the weights reaches back; 0: no average"
+    )
     crop_padding: Annotated[int, Field(ge=0, le=1024)] = _setting(
         "training", 0, "zeros around an image, then a random crop"
     )
     flip: Probability = _setting("training", 0.0, "chance of a mirrored image")
     invert: Probability = _setting("training", 0.0, "chance of an image in negative")
+    cutout: Annotated[int, Field(ge=0, le=4096)] = _setting(
+        "training", 0, "pixels a side of a square of the mean colour, put over every image at random"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = _setting("training", 0, "of weights, order and augmentation")
     precision: Literal["float32", "bfloat16"] = _setting("training", "float32", "float32 or bfloat16")
+    channels_last: bool = _setting("training", False, "keep the channels of a pixel side by side in memory")
+    compile: bool = _setting("training", False, "compile forward and backward pass (torch.compile)")
+    cuda_graph: bool = _setting("training", True, "replay the step as one CUDA graph, where the images lie on the GPU")
     device: Literal["auto", "cpu", "cuda"] = _setting("training", "auto", "auto, cpu or cuda")
 
     @model_validator(mode="after")

@@ -67,6 +67,10 @@ class Split:
         """Every image once, in order."""
         return self.batches(torch.arange(len(self)).split(batch_size), workers)
 
+    def to(self, device: torch.device) -> "Split":
+        """Images in memory on that device; files, and the labels, stay where they are."""
+        return Split(self.images.to(device), self.labels) if isinstance(self.images, Tensor) else self
+
     def subset(self, indices: Tensor) -> "Split":
         """These images only."""
         if isinstance(self.images, Tensor):

@@ -33,13 +33,14 @@ def _steps(network, opt, steps):
 def test_going_on_from_a_checkpoint_is_going_on(tmp_path, optimizer):
     kind, options = optimizer
     network, opt = trained(optimizer=kind, **options)
-    save_checkpoint(tmp_path / "c.safetensors", network, opt, torch.tensor([1.5, 2]), PROGRESS)
+    save_checkpoint(tmp_path / "c.safetensors", network, opt, {"totals": torch.tensor([1.5, 2])}, PROGRESS)
     _steps(network, opt, 2)
 
     resumed, resumed_opt = trained(steps=0, seed=9, optimizer=kind, **options)
-    progress, totals = load_checkpoint(tmp_path / "c.safetensors", resumed, resumed_opt)
+    state = {"totals": torch.zeros(2)}
+    progress = load_checkpoint(tmp_path / "c.safetensors", resumed, resumed_opt, state)
     assert progress == PROGRESS
-    assert totals.tolist() == [1.5, 2]
+    assert state["totals"].tolist() == [1.5, 2]
     _steps(resumed, resumed_opt, 2)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -48,14 +49,14 @@ def test_going_on_from_a_checkpoint_is_going_on(tmp_path, optimizer):
 def test_the_same_state_is_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         network, opt = trained(momentum=0.9)
-        save_checkpoint(tmp_path / f"{name}.safetensors", network, opt, torch.zeros(2), PROGRESS)
+        save_checkpoint(tmp_path / f"{name}.safetensors", network, opt, {}, PROGRESS)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
     network, opt = trained()
-    save_checkpoint(path, network, opt, torch.zeros(2), PROGRESS)
+    save_checkpoint(path, network, opt, {}, PROGRESS)
     before = path.read_bytes()
 
     def full_disk(_tensors, temporary, **_options):
@@ -64,7 +65,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
     with pytest.raises(InterflowError, match=r"No space left on device.*What was saved before is kept"):
-        save_checkpoint(path, network, opt, torch.zeros(2), PROGRESS)
+        save_checkpoint(path, network, opt, {}, PROGRESS)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -72,7 +73,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_damaged_foreign_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "c.safetensors"
     network, opt = trained()
-    save_checkpoint(path, network, opt, torch.zeros(2), PROGRESS)
+    save_checkpoint(path, network, opt, {}, PROGRESS)
     whole = path.read_bytes()
     for content in (b"", whole[:50], whole[:-10], b"\xff" * 200):
         path.write_bytes(content)

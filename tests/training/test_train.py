@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.contract import InterflowError, ModelCard
-from training import cli, finish, loop, train
+from training import cli, finish, folders, loop, train
+from training import step as step_module
 from training.data import load_data
 from training.recipe import load_recipe
-from training.train import main
+from training.train import main, summary
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--epochs", "2", "--width", "0.06", "--taps", "4", "13", "--device", "cpu"]
+SMALL = ["--epochs", "2", "--width", "0.06", "--taps", "4", "13", "--ema", "0.2", "--device", "cpu"]
 
 
 def start(*arguments, **options):
@@ -70,13 +71,44 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert card.metrics.images == 359
     assert "held out of train" in card.fitted_on
     assert load_recipe(unbroken / "recipe.yaml").width == 0.06
-    for name in ("accuracy.png", "weights.png"):
+    for name in ("accuracy.png", "weights.png", "confusion.png"):
         assert (unbroken / name).read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(unbroken / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("val_accuracy/conv13")] == [1, 2]
     assert "weight/conv4/7" in board.Tags()["scalars"]
     samples = np.load(unbroken / "samples.npy")
     assert (samples.shape, samples.dtype) == ((20, 32, 32, 1), np.uint8)
+
+
+def test_the_card_has_figures_by_class_that_fit_the_accuracy(unbroken):
+    metrics = ModelCard.from_json((unbroken / "card.json").read_bytes(), "card").metrics
+    images = np.array(metrics.class_images)
+    assert images.tolist() == np.bincount(load_data(load_recipe(unbroken / "recipe.yaml")).test.labels).tolist()
+    assert np.array(metrics.class_recall) @ images / 359 == pytest.approx(metrics.accuracy)
+    assert metrics.auroc > 0.6  # two epochs see something
+    assert 0 < metrics.macro_f1 < 1
+
+
+def test_the_summary_names_the_classes_of_lowest_recall(bundled):
+    card = ModelCard.from_json((bundled / "model.json").read_bytes(), "card")
+    recall = tuple(i / 14 for i in (3, 1, 2, 0, *range(4, 14)))
+    figures = {"macro_f1": 0.25, "auroc": 0.125, "class_recall": recall, "class_images": tuple(range(1, 15))}
+    metrics = card.metrics.model_copy(update=figures)
+    names = tuple(f"a class called {letter}" for letter in "abcdefghijklmn")
+    lines = summary(card.model_copy(update={"classes": names, "metrics": metrics})).splitlines()
+    assert lines[0].endswith("macro-F1 25.00%, AUROC 0.1250")
+    assert [line.rsplit(maxsplit=2) for line in lines[7:11]] == [
+        ["a class called d", "0.00%", "4"],
+        ["a class called b", "7.14%", "2"],
+        ["a class called c", "14.29%", "3"],
+        ["a class called a", "21.43%", "1"],
+    ]
+    assert len(lines[7:]) == 11
+    assert lines[-1] == "and 4 classes of higher or equal recall"
+    few = {"class_recall": recall[:3], "class_images": (1, 2, 3)}
+    metrics = card.metrics.model_copy(update=figures | few)
+    lines = summary(card.model_copy(update={"classes": names[:3], "metrics": metrics})).splitlines()
+    assert [line.split()[3] for line in lines[7:]] == ["b", "c", "a"]
 
 
 def test_the_history_has_accuracies_and_every_learned_weight(unbroken):
@@ -111,6 +143,28 @@ def test_killed_it_goes_on_and_ends_as_if_unbroken(unbroken, tmp_path):
     assert_the_same_end(folder, unbroken)
 
 
+def test_images_in_memory_in_files_and_in_the_cache_train_alike(tmp_path, photographs, monkeypatch):
+    """To the same bytes: the source of the images changes nothing."""
+    for name in ("astronaut.png", "chelsea.png"):
+        with Image.open(photographs[name]) as image:
+            for i in range(40):
+                path = tmp_path / "set" / name.partition(".")[0] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.crop((2 * i, i, 2 * i + 64, i + 64)).save(path)
+    settings = ["--data", str(tmp_path / "set"), "--data-dir", str(tmp_path), "--epochs", "2", "--width", "0.06"]
+    settings += ["--image-size", "32", "--batch-size", "16", "--lr", "0.01", "--crop-padding", "4", "--flip", "0.5"]
+    main([*settings, "--out", str(tmp_path / "decoded")])
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_Checked", None)  # nothing is decoded
+        main([*settings, "--out", str(tmp_path / "cached")])
+    monkeypatch.setattr(folders, "IN_MEMORY_BYTES", 0)
+    main([*settings, "--out", str(tmp_path / "streamed")])
+    checkpoints = [
+        (tmp_path / run / "checkpoint.safetensors").read_bytes() for run in ("decoded", "cached", "streamed")
+    ]
+    assert checkpoints[0] == checkpoints[1] == checkpoints[2]
+
+
 class Killed(BaseException):
     """The process ends here; nothing is caught, nothing cleaned up."""
 
@@ -135,9 +189,9 @@ def killed_at(monkeypatch, owner, name, call, before=True):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "before"),
     [
-        (loop._Training, "_train_step", 1, True),
-        (loop._Training, "_train_step", 10, False),
-        (loop._Training, "_train_step", 42, False),  # the last step of all
+        (step_module.Step, "take", 1, True),
+        (step_module.Step, "take", 10, False),
+        (step_module.Step, "take", 42, False),  # the last step of all
         (loop, "predict", 2, True),
         (loop, "save_checkpoint", 2, True),  # the history is a row ahead of the checkpoint
         (loop, "save_checkpoint", 2, False),
@@ -161,7 +215,7 @@ def test_wherever_it_dies_it_goes_on_and_ends_as_if_unbroken(
 @pytest.mark.parametrize("step", [1, 20, 21, 30])  # an epoch has 21
 def test_ctrl_c_saves_the_step_and_says_how_to_go_on(unbroken, tmp_path, monkeypatch, capsys, step):
     folder = tmp_path / "run"
-    whole, steps = loop._Training._train_step, 0
+    whole, steps = step_module.Step.take, 0
 
     def interrupted(self, *arguments):
         nonlocal steps
@@ -170,7 +224,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(unbroken, tmp_path, monkeyp
         if steps == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop._Training, "_train_step", interrupted)
+    monkeypatch.setattr(step_module.Step, "take", interrupted)
     assert main([*SMALL, "--out", str(folder)]) == 130
     assert f"Go on with: python training/train.py --resume {folder}" in capsys.readouterr().out
     assert steps == step
@@ -217,7 +271,7 @@ def test_a_finished_run_is_left_alone(unbroken, capsys):
 
 def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    good = loop.training_loss
+    good = step_module.training_loss
     calls = 0
 
     def diverging(*arguments):
@@ -225,7 +279,7 @@ def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_good_stat
         calls += 1
         return good(*arguments) * (float("nan") if calls > 25 else 1)
 
-    monkeypatch.setattr(loop, "training_loss", diverging)
+    monkeypatch.setattr(step_module, "training_loss", diverging)
     with pytest.raises(InterflowError, match=r"no longer a finite number in epoch 2.*lower --lr"):
         main([*SMALL, "--out", str(folder)])
     assert all(
