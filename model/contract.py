@@ -138,7 +138,10 @@ class LayerAttentionInfo(_Part):
 
 
 class Metrics(_Part):
-    """Measured once, on data that nothing was trained, fitted or chosen on. Fractions, not percent."""
+    """Measured once, on data that nothing was trained, fitted or chosen on. Fractions, not percent.
+
+    The four figures by class come together; cards from before there were any hold `None`: not measured.
+    """
 
     data: str
     split: str
@@ -147,12 +150,28 @@ class Metrics(_Part):
     """Of the training run."""
     accuracy: Fraction
     """Of the fused answer."""
+    macro_f1: Fraction | None = None
+    """Mean over the classes of the fused answer's F1: rare classes count as much as common ones."""
+    auroc: Fraction | None = None
+    """Mean over the classes of the area under the ROC curve of their fused confidence, each against the rest; with two
+    classes that of either. 0.5 is chance."""
+    class_recall: tuple[Fraction, ...] | None = None
+    """Share of each class's images whose fused answer is right, by index; its mean is the balanced accuracy."""
+    class_images: tuple[Positive, ...] | None = None
+    """Images of each class, by index: how much a recall is worth."""
     branch_accuracy: tuple[Fraction, ...]
     """Of each stage's reading."""
     ece: Fraction
     """Expected calibration error of the fused confidence, 15 bins of equal width."""
     branch_ece: tuple[Fraction, ...]
     """Of each stage's reading."""
+
+    @model_validator(mode="after")
+    def _figures_by_class_together(self) -> Self:
+        figures = (self.macro_f1, self.auroc, self.class_recall, self.class_images)
+        if None in figures and figures != (None,) * 4:
+            raise ValueError("macro_f1, auroc, class_recall and class_images come together, or not at all")
+        return self
 
 
 class Provenance(_Part):
@@ -219,6 +238,17 @@ class ModelCard(_Part):
         ):
             if len(values) != branches:
                 raise ValueError(f"{field} needs {branches} values, one per stage; got {len(values)}")
+        for field, by_class in (
+            ("metrics.class_recall", self.metrics.class_recall),
+            ("metrics.class_images", self.metrics.class_images),
+        ):
+            if by_class is not None and len(by_class) != classes:
+                raise ValueError(f"{field} needs {classes} values, one per class; got {len(by_class)}")
+        if self.metrics.class_images is not None and sum(self.metrics.class_images) != self.metrics.images:
+            raise ValueError(
+                f"metrics.class_images must sum to metrics.images, {self.metrics.images}; "
+                f"they sum to {sum(self.metrics.class_images)}"
+            )
         if not math.isclose(sum(self.branch_importance), 1, abs_tol=1e-3):
             raise ValueError(f"branch_importance must sum to 1; it sums to {sum(self.branch_importance):.4f}")
         if len(set(self.classes)) != classes:

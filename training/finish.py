@@ -14,7 +14,7 @@ from training.checkpoint import weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
 from training.loop import predict
-from training.plots import plot_accuracy, plot_weights
+from training.plots import plot_accuracy, plot_confusion, plot_weights
 from training.recipe import Recipe
 from training.run import SAMPLES, Run, git_revision
 
@@ -33,6 +33,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
         else f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
     )
     test = predict(network, data, data.test, recipe)
+    counts = calibration.confusion(test)
     output = _one_pass(network, data)
 
     card = ModelCard(
@@ -73,6 +74,10 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
             images=len(data.test),
             seed=recipe.seed,
             accuracy=calibration.fused_accuracy(test),
+            macro_f1=calibration.macro_f1(test),
+            auroc=calibration.fused_auroc(test, temperature),
+            class_recall=tuple(calibration.class_recall(counts).tolist()),
+            class_images=tuple(counts.sum(axis=1).tolist()),
             branch_accuracy=tuple(calibration.branch_accuracy(test, scales)),
             ece=calibration.fused_ece(test, temperature),
             branch_ece=tuple(calibration.branch_ece(test, scales)),
@@ -91,6 +96,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     rows = run.history()
     plot_accuracy(rows, run.folder / "accuracy.png")
     plot_weights(rows, run.folder / "weights.png")
+    plot_confusion(counts, data.classes, run.folder / "confusion.png")
     write_text(run.card, card.to_json() + "\n")
     return card
 

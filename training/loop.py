@@ -15,7 +15,7 @@ from tqdm import tqdm
 from model.contract import InterflowError
 from model.interflow import Interflow, Normalize
 from training.augment import draw_epoch
-from training.calibration import Predictions, branch_accuracy, fused_accuracy
+from training.calibration import Predictions, branch_accuracy, held_out_figures
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from training.data import ImageData
 from training.recipe import Recipe
@@ -38,6 +38,10 @@ _END = object()
 
 class StoppedError(Exception):
     """Training was asked to stop; its state is saved."""
+
+
+class NotFiniteError(InterflowError):
+    """The loss, the weights or the answers are no longer finite numbers."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,7 +77,7 @@ def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -
     """Branch logits of every image of a split, without augmentation, in evaluation mode.
 
     Raises:
-        InterflowError: they are not finite.
+        NotFiniteError: they are not finite.
     """
     device = next(network.parameters()).device
     normalize = Normalize(data.spec.mean, data.spec.std).to(device)
@@ -84,7 +88,7 @@ def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -
     ]
     branch_logits = torch.cat(outputs)
     if not branch_logits.isfinite().all():
-        raise InterflowError("the network gives numbers that are not finite; train again with a lower --lr.")
+        raise NotFiniteError("the network gives numbers that are not finite; train again with a lower --lr.")
     weights = network.attention.matrix().detach().float().cpu()
     return Predictions(branch_logits.numpy(), weights.numpy().copy(), split.labels.numpy())
 
@@ -226,12 +230,12 @@ class Training:
         return row
 
     def _held_out_row(self, names: list[str]) -> Row:
-        """Accuracies on what was held out, and the learned weights, of the network as it would be served."""
+        """Figures of what was held out, and the learned weights, of the network as it would be served."""
         row: Row = {}
         if self.data.val:
             held_out = predict(self.network, self.data, self.data.val, self.recipe)
             accuracies = branch_accuracy(held_out, held_out.branch_weights)
-            row["val_accuracy"] = fused_accuracy(held_out)
+            row |= held_out_figures(held_out)
             row |= {f"val_accuracy/{name}": accuracy for name, accuracy in zip(names, accuracies, strict=True)}
         for name, weights in zip(names, self.network.attention.weight.tolist(), strict=True):
             if len(weights) == 1:
@@ -255,7 +259,7 @@ class Training:
             kept = (
                 f"The last good state is {self.run.checkpoint}" if self.run.checkpoint.is_file() else "Nothing is saved"
             )
-            raise InterflowError(
+            raise NotFiniteError(
                 f"the loss is no longer a finite number in epoch {self.epoch + 1}, step {self.step}. {kept}; "
                 f"train again with a lower --lr (it was {self.recipe.lr:g}), or --precision float32."
             )

@@ -1,13 +1,23 @@
-"""Curves of a run as pictures."""
+"""A run as pictures: its curves, and which classes it takes for which."""
 
+import math
 import warnings
 from pathlib import Path
 
+import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from training.files import replacing
 from training.run import Row
+
+CLASSES_COUNTED = 30
+"""Up to so many classes the cells of a confusion matrix hold their counts."""
+CLASSES_NAMED = 120
+"""Up to so many every class is named beside it."""
+LONGEST_NAME = 24
+"""Of a class, in letters; the picture is of the matrix."""
 
 
 def plot_accuracy(rows: list[Row], path: Path) -> None:
@@ -52,6 +62,40 @@ def plot_weights(rows: list[Row], path: Path) -> None:
         grid[-1].legend(
             title="class" if per_class else "stage", fontsize="small", bbox_to_anchor=(1, 1), loc="upper left"
         )
+    _save(figure, path)
+
+
+def plot_confusion(counts: np.ndarray, classes: tuple[str, ...], path: Path) -> None:
+    """Confusion matrix, a row per true class with its recall, coloured by the share of the row.
+
+    Args:
+        counts: (K, K) images by true class and answer; every class has some.
+        classes: (K,) labels.
+        path: of the picture.
+    """
+    count = len(classes)
+    images = counts.sum(axis=1, keepdims=True)
+    shares = 100 * counts / images
+    side = float(np.clip(0.4 * count, 2.4, 15))
+    figure = Figure(figsize=(side + 3.4, side + 1.8), layout="constrained")
+    axes = figure.subplots()
+    # the square root of shares: a few mistakes among many images would be white
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if count <= CLASSES_COUNTED:
+        for true, answer in zip(*counts.nonzero(), strict=True):
+            ink = "white" if shares[true, answer] > 40 else "black"
+            axes.text(answer, true, f"{counts[true, answer]}", color=ink, ha="center", va="center", fontsize="small")
+    every = math.ceil(count / CLASSES_NAMED)
+    ticks = np.arange(0, count, every)
+    size = float(np.clip(72 * side / len(ticks), 5, 9))  # points that fit a row
+    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in classes[::every]]
+    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    axes.set(xlabel="answer", ylabel="class")
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(ticks, [f"{shares[i, i]:.0f} % of {images[i, 0]}" for i in ticks], fontsize=size)
+    right.set_ylabel("recall")
+    figure.colorbar(picture, ax=axes, label="of the class's images, %", shrink=min(1.0, 5 / side))
     _save(figure, path)
 
 

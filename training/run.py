@@ -26,6 +26,10 @@ Row = dict[str, float]
 """One epoch's figures by column name."""
 
 
+class BusyError(InterflowError):
+    """Another process has the run."""
+
+
 class Run:
     """Paths and files of one run.
 
@@ -37,7 +41,7 @@ class Run:
         checkpoint.safetensors   the state to resume from
         card.json                the model card; its being there says that the run is finished
         samples.npy              a few test images, for export to check the artefact with
-        accuracy.png, weights.png
+        accuracy.png, weights.png, confusion.png
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,13 +60,13 @@ class Run:
         """Make the folder and save the recipe in it; other processes are kept out while the context lasts.
 
         Raises:
-            InterflowError: another process has put a run there meanwhile.
+            BusyError: another process has put a run there meanwhile.
         """
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         with run._locked():
             if run.recipe.exists():
-                raise InterflowError(f"{folder}: another process has begun a run there meanwhile; start again.")
+                raise BusyError(f"{folder}: another process has begun a run there meanwhile; start again.")
             write_text(run.recipe, recipe.to_yaml())
             yield run
 
@@ -72,7 +76,7 @@ class Run:
         """Open a run to go on with it; other processes are kept out while the context lasts.
 
         Raises:
-            InterflowError: not a run's folder, or another process has it.
+            InterflowError: not a run's folder, or (BusyError) another process has it.
         """
         run = cls(folder)
         if not run.recipe.is_file():
@@ -89,7 +93,7 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise InterflowError(f"{self.folder}: another process is training this run.") from error
+            raise BusyError(f"{self.folder}: another process is training this run.") from error
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from training.finish import finish
 from training.loop import StoppedError, choose_device, train
 from training.recipe import Recipe, add_recipe_options, load_recipe, resolve_recipe
 from training.run import Run, choose_folder
+
+CLASSES_SHOWN = 10
+"""At the end of training, those of lowest recall; the card has all."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,16 +117,27 @@ def with_normalization(recipe: Recipe, normalization: Normalization | None) -> R
 
 
 def summary(card: ModelCard) -> str:
-    """The card's figures as a table for people."""
+    """The card's figures as tables for people: the whole, the stages, the classes of lowest recall."""
+    metrics = card.metrics
     wide = max(10, *(len(stage.name) + 2 for stage in card.stages))
     lines = [
-        f"test: {card.metrics.accuracy:.2%} of {card.metrics.images} images right, ECE {card.metrics.ece:.2%}",
+        f"test: {metrics.accuracy:.2%} of {metrics.images} images right, ECE {metrics.ece:.2%}",
         f"{'stage':<{wide}}{'reading right':>15}{'importance':>13}{'mean weight':>13}",
     ]
     for stage, accuracy, importance, weights in zip(
-        card.stages, card.metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
+        card.stages, metrics.branch_accuracy, card.branch_importance, card.branch_weights, strict=True
     ):
         lines.append(f"{stage.name:<{wide}}{accuracy:>15.2%}{importance:>13.3f}{np.mean(weights):>13.4f}")
+    if metrics.class_recall is None or metrics.class_images is None:
+        return "\n".join(lines)  # a card from before there were figures by class
+    lines[0] += f", macro-F1 {metrics.macro_f1:.2%}, AUROC {metrics.auroc:.4f}"
+    rows = sorted(zip(metrics.class_recall, card.classes, metrics.class_images, strict=True), key=itemgetter(0))
+    shown = rows[:CLASSES_SHOWN]
+    wide = max(wide, *(len(name) + 2 for _, name, _ in shown))
+    lines.append(f"{'class':<{wide}}{'recall':>15}{'of images':>13}")
+    lines += [f"{name:<{wide}}{recall:>15.2%}{images:>13}" for recall, name, images in shown]
+    if len(rows) > len(shown):
+        lines.append(f"and {len(rows) - len(shown)} classes of higher or equal recall")
     return "\n".join(lines)
 
 

@@ -16,6 +16,25 @@ def test_a_card_reads_back_equal(card):
     assert ModelCard.from_json(card.to_json(), "again") == card
 
 
+def by_class(card):
+    """The card with figures by class, as training writes them now."""
+    recall, images = (1.0, *(0.9,) * 9), (89, *(30,) * 9)
+    update = {"macro_f1": 0.91, "auroc": 0.999, "class_recall": recall, "class_images": images}
+    return card.model_copy(update={"metrics": card.metrics.model_copy(update=update)})
+
+
+def test_a_card_from_before_figures_by_class_says_that_there_are_none(card):
+    content = json.loads(card.to_json())
+    for field in ("macro_f1", "auroc", "class_recall", "class_images"):
+        content["metrics"].pop(field, None)
+    metrics = ModelCard.from_json(json.dumps(content), "old").metrics
+    assert metrics.macro_f1 is metrics.auroc is metrics.class_recall is metrics.class_images is None
+
+
+def test_figures_by_class_read_back_equal(card):
+    assert ModelCard.from_json(by_class(card).to_json(), "again") == by_class(card)
+
+
 def test_it_names_its_graphs_tensors(card):
     assert {name: str(spec) for name, spec in card.inputs.items()} == {"image": "uint8[N, 32, 32, 1]"}
     outputs = {name: str(spec) for name, spec in card.outputs.items()}
@@ -46,11 +65,19 @@ def test_it_names_its_graphs_tensors(card):
         (("provenance", "weights_sha256"), "abc", "weights_sha256"),
         (("provenance", "created"), "2026-01-01T00:00:00", "provenance.created"),
         (("metrics", "branch_accuracy"), [1.0], "metrics.branch_accuracy needs 4"),
+        (("metrics", "macro_f1"), 1.01, "metrics.macro_f1"),
+        (("metrics", "auroc"), -0.01, "metrics.auroc"),
+        (("metrics", "auroc"), None, "come together"),
+        (("metrics", "class_recall"), [1.0] * 9, "metrics.class_recall needs 10 values, one per class; got 9"),
+        (("metrics", "class_recall"), [1.5] * 10, "metrics.class_recall"),
+        (("metrics", "class_images"), [359], "metrics.class_images needs 10"),
+        (("metrics", "class_images"), [36] * 10, "must sum to metrics.images, 359; they sum to 360"),
+        (("metrics", "class_images"), [0, 79, *[35] * 8], "metrics.class_images"),
         (("stages",), [], "stages"),
     ],
 )
 def test_a_card_that_does_not_hold_together_is_refused_by_field(card, path, value, message):
-    content = json.loads(card.to_json())
+    content = json.loads(by_class(card).to_json())
     part = content
     for key in path[:-1]:
         part = part[key]

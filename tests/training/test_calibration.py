@@ -13,11 +13,16 @@ from training.calibration import (
     Predictions,
     branch_accuracy,
     branch_ece,
+    class_recall,
+    confusion,
     fit_reading_scales,
     fit_temperature,
     fused_accuracy,
+    fused_auroc,
     fused_ece,
+    held_out_figures,
     importance,
+    macro_f1,
 )
 from training.data import load_data
 from training.loop import predict
@@ -94,6 +99,103 @@ def test_accuracies_by_hand():
     assert branch_accuracy(predictions, np.array([[1.0, 1], [-1, -1]])) == [1, pytest.approx(2 / 3)]
     np.testing.assert_allclose(importance(predictions), [2 / 3, 1 / 3])
     assert branch_ece(predictions, np.zeros((2, 2))) == pytest.approx([1 / 6, 1 / 6], abs=1e-6)
+
+
+# Figures by class, against their definitions written out.
+
+
+def imbalanced(classes, count=300, seed=0):
+    """Two stages' logits of classes each half as common as the one before; the last is never answered.
+
+    In quarters, so that there are ties, and that these are as exact in one class's confidence as in another's.
+    """
+    random = np.random.default_rng(seed)
+    chances = 0.5 ** np.arange(classes)
+    labels = np.concatenate([np.arange(classes), random.choice(classes, count, p=chances / chances.sum())])
+    branch_logits = (4 * random.normal(size=(len(labels), 2, classes))).round() / 4
+    branch_logits[np.arange(len(labels)), :, labels] += 0.75
+    branch_logits[:, :, -1] -= 5
+    return Predictions(branch_logits, np.full((2, classes), 0.5), labels)
+
+
+def area(scores, positive):
+    """Chance that a positive scores above a negative, ties counting half: AUROC by its meaning, pair by pair."""
+    differences = scores[positive][:, None] - scores[~positive]
+    return (differences > 0).mean() + (differences == 0).mean() / 2
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_figures_by_class_are_what_their_definitions_say(classes):
+    predictions = imbalanced(classes)
+    labels, answers = predictions.labels, predictions.logits.argmax(axis=1)
+    confidence = softmax(predictions.logits / 0.5)
+    recalls, f1s, areas = [], [], []
+    for label in range(classes):
+        right = ((answers == label) & (labels == label)).sum()
+        recall, precision = right / (labels == label).sum(), right / max(1, (answers == label).sum())
+        recalls.append(recall)
+        f1s.append(2 * recall * precision / (recall + precision) if right else 0)
+        areas.append(area(confidence[:, label], labels == label))
+    assert recalls[-1] == 0 < recalls[0]
+    counts = confusion(predictions)
+    assert counts[1, 0] == ((labels == 1) & (answers == 0)).sum() != counts[0, 1]
+    np.testing.assert_allclose(class_recall(counts), recalls)
+    assert macro_f1(predictions) == pytest.approx(np.mean(f1s))
+    assert fused_auroc(predictions, 0.5) == pytest.approx(np.mean(areas))
+    if classes == 2:
+        assert fused_auroc(predictions, 0.5) == pytest.approx(areas[1])
+
+
+def test_recalls_weighted_by_images_are_the_accuracy():
+    predictions = imbalanced(5)
+    counts = confusion(predictions)
+    images = counts.sum(axis=1)
+    assert images.tolist() == np.bincount(predictions.labels).tolist()
+    assert (class_recall(counts) * images).sum() / images.sum() == pytest.approx(fused_accuracy(predictions))
+
+
+def test_renaming_the_classes_changes_no_mean_and_moves_the_recalls():
+    tied, order = imbalanced(5), np.array([3, 0, 4, 1, 2])
+    untied = tied.branch_logits + np.random.default_rng(1).normal(size=tied.branch_logits.shape) / 100
+    predictions = Predictions(untied, tied.branch_weights, tied.labels)
+    renamed = Predictions(untied[:, :, order], tied.branch_weights, order.argsort()[tied.labels])
+    assert held_out_figures(renamed) == pytest.approx(held_out_figures(predictions))
+    np.testing.assert_array_equal(class_recall(confusion(renamed)), class_recall(confusion(predictions))[order])
+
+
+def test_one_answer_for_everything_is_accurate_where_a_class_is_rare_and_shows_in_the_other_figures():
+    labels = np.repeat([0, 1], [95, 5])
+    always_good = Predictions(np.tile([[[1.0, 0.0]]], (100, 1, 1)), np.ones((1, 2)), labels)
+    assert held_out_figures(always_good) == {
+        "val_accuracy": 0.95,
+        "val_macro_f1": pytest.approx(2 * 95 / (100 + 95) / 2),
+        "val_auroc": 0.5,
+    }
+    assert class_recall(confusion(always_good)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 21), (2, 22), (3, 14), (3, 28), (7, 13), (10, 359), (100, 130)])
+def test_a_perfect_network_has_figures_of_one_and_none_above(classes, count):
+    """Sums in float32 pass 1 here, of a ROC curve's steps and of a hundred hundredths; a card refuses that."""
+    labels = np.arange(count) % classes
+    noise = np.random.default_rng(count).normal(size=(count, 1, classes))
+    perfect = Predictions(np.eye(classes)[labels][:, None] * 40 + noise, np.ones((1, classes)), labels)
+    assert fused_auroc(perfect, 4.0) == pytest.approx(1)
+    assert fused_auroc(perfect, 4.0) <= 1
+    assert macro_f1(perfect) == 1
+    assert (class_recall(confusion(perfect)) == 1).all()
+    upside_down = Predictions(perfect.branch_logits, -perfect.branch_weights, labels)
+    assert fused_auroc(upside_down, 4.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_figures_of_an_epoch_are_those_of_the_card_at_temperature_one():
+    predictions = imbalanced(4)
+    assert held_out_figures(predictions) == {
+        "val_accuracy": fused_accuracy(predictions),
+        "val_macro_f1": macro_f1(predictions),
+        "val_auroc": fused_auroc(predictions, 1.0),
+    }
+    assert fused_auroc(predictions, 3.0) != fused_auroc(predictions, 1.0)
 
 
 # What a user sees must not depend on the choice among equal networks (papers: "what the weights mean").
