@@ -12,20 +12,31 @@ ModelNotFoundError                no such model or version loaded
 NoLayerAttentionError             `layers` asked of a network whose layers have no attention of their own
 NotReadyError                     no model loaded yet
 InferenceError                    the network gave no usable numbers
+LoadRequestError                  a load request that asks for what cannot be had
+LoadError                         a model that is broken, so that what was loaded stays
+InferenceRequestError             a request of the Open Inference Protocol that breaks its rules or the model's
+UnauthorizedError                 no key, or one that is not known, where one is needed
+ManagementOffError                loading or unloading asked of a server without a management key
+HeaderError                       a header of ours that holds what it cannot
+QueueFullError                    too many images wait already; come again later
+DeadlineError                     the request's time was up
+SlowBodyError                     a body that took longer to arrive than INTERFLOW_BODY_TIMEOUT_S
+DrainingError                     the server ends soon, and should get no new work
 """
 
 import http
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.schemas import Problem
+from app.schemas import Problem, ProtocolProblem
 from model.contract import InterflowError
 from model.images import ImageError, ImageTooLargeError
 
@@ -66,6 +77,59 @@ class InferenceError(InterflowError):
     """The network failed, or gave numbers that are not finite."""
 
 
+class LoadRequestError(InterflowError):
+    """A request to load a model whose parameters cannot be used."""
+
+
+class LoadError(InterflowError):
+    """A model that was to be loaded, and is broken."""
+
+
+class InferenceRequestError(InterflowError):
+    """An inference request that breaks the Open Inference Protocol, or does not fit the model."""
+
+
+class HeaderError(InterflowError):
+    """A request header of ours with a value that cannot be used."""
+
+
+class QueueFullError(InterflowError):
+    """More images wait than may."""
+
+    headers: ClassVar = {"Retry-After": "1"}  # seconds, the least that it can say; a full queue is worked off sooner
+
+
+class DeadlineError(InterflowError):
+    """The time that a request allowed has passed."""
+
+    def __init__(
+        self,
+        message: str = "the request's time was up before it was answered. Come again later, or allow more: the least "
+        "of INTERFLOW_TIMEOUT_MS and the header X-Request-Timeout-Ms counts.",
+    ) -> None:
+        super().__init__(message)
+
+
+class SlowBodyError(InterflowError):
+    """A request whose body did not arrive in time."""
+
+    headers: ClassVar = {"Connection": "close"}  # the rest of the body may yet come, and is no request
+
+
+class DrainingError(NotReadyError):
+    """A server that was told to end."""
+
+
+class UnauthorizedError(InterflowError):
+    """A request without a key that it needs."""
+
+    headers: ClassVar = {"WWW-Authenticate": "Bearer"}
+
+
+class ManagementOffError(InterflowError):
+    """Models can be neither loaded nor unloaded: no management key is set."""
+
+
 PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     ImageTooLargeError: (413, "too_many_pixels"),
     ImageError: (400, "invalid_image"),
@@ -78,6 +142,16 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     NoLayerAttentionError: (422, "no_layer_attention"),
     NotReadyError: (503, "not_ready"),
     InferenceError: (500, "inference_failed"),
+    LoadRequestError: (400, "invalid_load_request"),
+    LoadError: (400, "load_failed"),
+    InferenceRequestError: (400, "invalid_inference_request"),
+    UnauthorizedError: (401, "unauthorized"),
+    ManagementOffError: (403, "management_off"),
+    HeaderError: (422, "invalid_header"),
+    QueueFullError: (429, "queue_full"),
+    DeadlineError: (504, "deadline_passed"),
+    SlowBodyError: (408, "body_timeout"),
+    DrainingError: (503, "draining"),
 }
 """Status and stable code; a class that is not listed answers as the first listed one it derives from."""
 
@@ -89,15 +163,42 @@ logger = logging.getLogger(__name__)
 def problem(
     request: Request, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """One problem+json answer; the type is about:blank, so the title is the status' own phrase."""
-    body = Problem(
+    """One problem+json answer; the type is about:blank, so the title is the status' own phrase.
+
+    Below /v2, the Open Inference Protocol's form instead.
+    """
+    if request.scope["path"].removeprefix(request.scope.get("root_path", "")).startswith("/v2"):
+        return JSONResponse({"error": detail}, status, headers)
+    return JSONResponse(_body(request, status, code, detail).model_dump(), status, headers, MEDIA_TYPE)
+
+
+def problem_of(request: Request, error: InterflowError) -> Problem:
+    """The body that an error is answered with, for answers that hold several."""
+    return _body(request, *_status_and_code(error), str(error))
+
+
+def _body(request: Request, status: int, code: str, detail: str) -> Problem:
+    return Problem(
         title=http.HTTPStatus(status).phrase,
         status=status,
         detail=detail,
         code=code,
         request_id=request.state.request_id,
     )
-    return JSONResponse(body.model_dump(), status, headers, MEDIA_TYPE)
+
+
+def _status_and_code(error: InterflowError) -> tuple[int, str]:
+    return next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), (500, "internal_error"))
+
+
+def require_no_draining(request: Request) -> None:
+    """For routes that say whether to send work here.
+
+    Raises:
+        DrainingError: the server was told to end.
+    """
+    if request.app.state.draining:
+        raise DrainingError("the server was told to end, and takes no new work. Ask another one.")
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -106,11 +207,24 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
+def first_problem(error: ValidationError) -> str:
+    """Where a document is wrong first, and how; to be put behind what the document is."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:100]
+    return f" (at `{where}`: {first['msg']})" if where else f" ({first['msg']})"
+
+
+def protocol_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for the given statuses below /v2."""
+    content = {"application/json": {"schema": ProtocolProblem.model_json_schema()}}
+    return {status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
 async def _ours(request: Request, error: InterflowError) -> Response:
-    status, code = next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), (500, "internal_error"))
+    status, code = _status_and_code(error)
     if status == 500:
         logger.error("request %s: %s", request.state.request_id, error)
-    return problem(request, status, code, str(error))
+    return problem(request, status, code, str(error), getattr(error, "headers", None))
 
 
 async def _parameters(request: Request, error: RequestValidationError) -> Response:

@@ -1,76 +1,67 @@
-"""From pixels to branch outputs without blocking the event loop: the interface that routes use, and its direct form."""
+"""From pixels to branch outputs without blocking the event loop: what routes ask, and the network behind it."""
 
-import asyncio
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the network gave for N images; B branches, K classes, L blocks of at most S sources, float32."""
-
-    logits: np.ndarray
-    """(N, K), fused."""
-    branch_logits: np.ndarray
-    """(N, B, K)."""
-    branch_weights: np.ndarray
-    """(N, B, K)."""
-    layer_attention: np.ndarray | None = None
-    """(N, L, S), rows as the card's; None where the network's layers have no attention of their own."""
+Outputs = Mapping[str, np.ndarray]
+"""Float32 arrays by the artefact's own output names (`model.contract`), each with the images in dimension 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Inferred:
-    """Outputs, and the time they took in milliseconds."""
+    """The outputs that were asked for, the time they took in milliseconds, and the company they had."""
 
     outputs: Outputs
     queue_ms: float
     inference_ms: float
+    batch: int
+    """Images in the batch that the network ran; of several batches, in the largest."""
 
 
 class Network(Protocol):
     """Blocking forward pass; `app.session.Session` is one."""
 
-    def run(self, images: np.ndarray) -> Outputs:
-        """uint8 (N, H, W, C) to outputs of N images."""
-
-
-class Inference(Protocol):
-    """How routes ask a network."""
-
-    async def infer(self, images: np.ndarray) -> Inferred:
-        """uint8 (N, H, W, C) to outputs of N images, in their order.
+    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+        """uint8 (N, H, W, C) to the named outputs of N images; called by several threads at a time.
 
         Raises:
             InferenceError: the network failed.
         """
 
+
+class Inference(Protocol):
+    """How routes ask a network; `app.batcher.Batcher` is one."""
+
+    async def infer(self, images: np.ndarray, names: Sequence[str], deadline: float | None = None) -> Inferred:
+        """uint8 (N, H, W, C) to the named outputs of N images, in their order.
+
+        Args:
+            images: not changed until this returns.
+            names: of the outputs; only these are computed and given.
+            deadline: moment of `time.perf_counter` after which nobody wants the answer any more.
+
+        Raises:
+            QueueFullError: too many images wait; nothing was spent on these.
+            DeadlineError: the deadline passed; nothing was spent on images that still waited.
+            InferenceError: the network failed.
+        """
+
+    def require_room(self, images: int = 1) -> None:
+        """For those who would rather know before they decode so many images.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+
+    @property
+    def queued(self) -> int:
+        """Images that wait now."""
+
     def close(self) -> None:
-        """Finish what was accepted and free the threads."""
+        """Finish what was accepted and free the threads; blocks.
 
-
-class DirectInference:
-    """One thread that runs one request after the other, as it came."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._thread = ThreadPoolExecutor(1, "inference")
-
-    async def infer(self, images: np.ndarray) -> Inferred:
-        """As `Inference.infer`; a request that is cancelled while it waits is never run."""
-        asked = time.perf_counter()
-
-        def work() -> Inferred:
-            started = time.perf_counter()
-            outputs = self._network.run(images)
-            return Inferred(outputs, 1e3 * (started - asked), 1e3 * (time.perf_counter() - started))
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def close(self) -> None:
-        """As `Inference.close`."""
-        self._thread.shutdown()
+        A reload needs none: an inference that nobody refers to any more ends by itself, after the last request.
+        """

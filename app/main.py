@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,11 +10,23 @@ from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 
+from app.cpus import usable_cpus
+from app.decoders import Decoders
 from app.errors import HANDLERS
-from app.middleware import RequestIdMiddleware
+from app.manager import Manager
+from app.metrics import Gauges
+from app.middleware import (
+    AccessMiddleware,
+    BodyTimeoutMiddleware,
+    CorsMiddleware,
+    RequestIdMiddleware,
+    RootPathMiddleware,
+)
 from app.repository import Repository, load_repository
-from app.routes import health, models, predict
-from app.settings import Settings, load_settings, usable_cpus
+from app.routes import health, metrics, models, predict, v2
+from app.security import KeyMiddleware, load_keys
+from app.settings import Settings, load_settings
+from app.tracing import FASTAPI_TELEMETRY, start_tracing
 
 DESCRIPTION = (
     "Image classification whose every answer is an exact sum over the network's stages: "
@@ -33,24 +44,57 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        given = load_settings() if settings is None else settings
-        app.state.settings = given
+        given = app.state.settings if settings else _configure(app, load_settings())
         app.state.repository = await asyncio.to_thread(load_repository, given) if repository is None else repository
+        manager = app.state.manager = Manager(given, app.state.repository)
+        await manager.run(manager.follow)  # what the other workers were asked for before this one began
         Image.init()  # loads Pillow's formats now, rather than in the first request that needs one
-        with ThreadPoolExecutor(given.decode_workers or usable_cpus(), "decode") as decoders:
-            app.state.decoders = decoders
-            yield
+        workers = given.decode_workers or usable_cpus(given.workers)
+        app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels)
+        sampling = asyncio.create_task(app.state.gauges.keep_sampling(app.state.repository))
+        watching = asyncio.create_task(manager.watch())
+        yield
+        sampling.cancel()
+        watching.cancel()
+        manager.close()
         app.state.repository.close()
+        app.state.decoders.close()
+        app.state.end_tracing()
 
     app = FastAPI(
-        title="Interflow", version="1", description=DESCRIPTION, lifespan=lifespan, exception_handlers=HANDLERS
+        title="Interflow",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        exception_handlers=HANDLERS,
+        telemetry=FASTAPI_TELEMETRY,
     )
-    app.add_middleware(RequestIdMiddleware)
-    for routes in (predict, models, health):
+    app.state.draining = False
+    app.state.gauges = Gauges()
+    if settings:
+        _configure(app, settings)
+    for middleware in (  # the first is the innermost
+        BodyTimeoutMiddleware,
+        KeyMiddleware,
+        CorsMiddleware,
+        RootPathMiddleware,
+        RequestIdMiddleware,
+        AccessMiddleware,
+    ):
+        app.add_middleware(middleware)
+    for routes in (predict, models, v2, health, metrics):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     return app
+
+
+def _configure(app: FastAPI, settings: Settings) -> Settings:
+    """Raises what is wrong with keys and tracing, at once where the settings are given rather than read."""
+    app.state.settings = settings
+    app.state.keys = load_keys(settings)
+    app.state.end_tracing = start_tracing(settings)
+    return settings
 
 
 async def _to_docs() -> RedirectResponse:

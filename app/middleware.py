@@ -1,25 +1,32 @@
-"""Around every request: its id, and the last resort for errors that nobody expected."""
+"""Around every request: its id, its line in the log and its count, its path's prefix, its body's time, and bad luck."""
 
 import logging
 import re
-import uuid
+import secrets
+import time
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import problem
+from app.errors import SlowBodyError, problem
+from app.logs import FIELDS, request_id
+from app.metrics import record_request
 
 REQUEST_ID_HEADER = "X-Request-ID"
+_HEADER = REQUEST_ID_HEADER.lower().encode()
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+NO_ROUTE = "none"
+"""Route, in log and metrics, of requests that none took, and of static files."""
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("app.access")
 
 
-class RequestIdMiddleware:
-    """Takes the client's X-Request-ID if it is sane, or makes one; the answer's header repeats it.
+class AccessMiddleware:
+    """Counts and logs every request by its route, and sends clients elsewhere while the server drains.
 
-    Sane: 1 to 128 of letters, digits and `._:/+=@-`, so that an id can forge neither header nor log line.
+    Expects `gauges` and `draining` in the application's state.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -30,16 +37,70 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        state = scope["app"].state
+        status = 0
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if state.draining:  # a client that keeps its connection would send the next request into the end
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        state.gauges.in_flight += 1
+        try:
+            await self.app(scope, receive, send_and_see)
+        finally:
+            state.gauges.in_flight -= 1
+            seconds = time.perf_counter() - started
+            route = _route(scope)
+            record_request(scope["method"], route, status, seconds)
+            if access.isEnabledFor(logging.INFO):
+                _log(scope, route, status, 1e3 * seconds)
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route that took the request: the label that a million different paths cannot multiply."""
+    route = scope.get("route")
+    return getattr(route, "path", None) or NO_ROUTE
+
+
+def _log(scope: Scope, route: str, status: int, ms: float) -> None:
+    method, model = scope["method"], scope["state"].get("model")
+    fields = {"method": method, "route": route, "status": status, "ms": round(ms, 3)}
+    if model:
+        fields["model"] = model
+    access.info("%s %s %d %.1f ms %s", method, route, status, ms, model or "-", extra={FIELDS: fields})
+
+
+class RequestIdMiddleware:
+    """Takes the client's X-Request-ID if it is sane, or makes one; the answer's header and log lines repeat it.
+
+    Sane: 1 to 128 of letters, digits and `._:/+=@-`, so that an id can forge neither header nor log line.
+    Also the last resort for errors that nobody expected.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope; all but HTTP passes through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == _HEADER), b"").decode("latin-1")
+        identity = given if _SANE_ID.fullmatch(given) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = identity
+        request_id.set(identity)  # uvicorn gives every request a context of its own
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                message["headers"].append((_HEADER, identity.encode()))
             await send(message)
 
         try:
@@ -47,6 +108,76 @@ class RequestIdMiddleware:
         except Exception:
             if started:  # too late for another answer: the server closes the connection
                 raise
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", identity)
             detail = "the server failed; its log has the reason under the request id."
             await problem(Request(scope), 500, "internal_error", detail)(scope, receive, send_with_id)
+
+
+class RootPathMiddleware:
+    """Serves under INTERFLOW_ROOT_PATH, whether the proxy in front cuts that prefix off or leaves it on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope; all but HTTP passes through."""
+        if scope["type"] == "http" and (prefix := scope["app"].state.settings.root_path):
+            scope["root_path"] = prefix
+            if not scope["path"].startswith(f"{prefix}/"):
+                scope["path"] = prefix + scope["path"]  # ASGI's form
+        await self.app(scope, receive, send)
+
+
+class CorsMiddleware:
+    """Starlette's, by INTERFLOW_CORS_ORIGINS, which is read only when the server starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._cors: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope; all but HTTP passes through."""
+        if self._cors is None and scope["type"] == "http":
+            origins = [origin.strip() for origin in scope["app"].state.settings.cors_origins.split(",")]
+            self._cors = (
+                self.app
+                if origins == [""]
+                else CORSMiddleware(
+                    self.app,
+                    allow_origins=origins,
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["*"],
+                    expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+                )
+            )
+        await (self._cors or self.app)(scope, receive, send)
+
+
+class BodyTimeoutMiddleware:
+    """Gives up on a body that has not arrived after INTERFLOW_BODY_TIMEOUT_S: a slow sender must not hold a place.
+
+    It looks whenever a piece of the body comes; where none does, `app.server.Protocol` hands over an empty one then. A
+    timer for each request would cost more than the rest of this.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope; all but HTTP passes through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit_s = scope["app"].state.settings.body_timeout_s
+        deadline = time.monotonic() + limit_s
+
+        async def receive_in_time() -> Message:
+            message = await receive()
+            if message.get("more_body") and time.monotonic() > deadline:
+                raise SlowBodyError(
+                    f"the request's body did not arrive within {limit_s:g} seconds. Send it faster, or raise "
+                    "INTERFLOW_BODY_TIMEOUT_S."
+                )
+            return message
+
+        await self.app(scope, receive_in_time, send)

@@ -1,30 +1,40 @@
-"""The models that are loaded: found in the model repository on disk, held by name and version."""
+"""The models that are loaded: held by name and version, and swapped while requests are answered."""
 
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 
+from app.answers import Interpreter
+from app.batcher import Batcher
 from app.errors import ModelNotFoundError, NotReadyError
-from app.inference import DirectInference, Inference
+from app.inference import Inference
+from app.metrics import record_batch
 from app.schemas import ModelRef, Runtime
 from app.session import ModelError, Session
 from app.settings import Settings
-from model.contract import VERSION_PATTERN, ModelCard
+from app.versions import START_POLICIES, Version, find_versions
+from model.contract import ModelCard
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network that can be asked, and its card."""
+    """A network that can be asked, and its card. Who holds one can ask it, whatever is swapped meanwhile."""
 
     card: ModelCard
     runtime: Runtime
     inference: Inference
+    origin: Version | None = None
+    """The files that it was loaded from."""
 
-    @property
+    @cached_property
+    def interpreter(self) -> Interpreter:
+        """Reads its outputs."""
+        return Interpreter(self.card)
+
+    @cached_property
     def ref(self) -> ModelRef:
         """What answers call it."""
         card = self.card
@@ -34,7 +44,7 @@ class LoadedModel:
 
 
 class Repository:
-    """Loaded models.
+    """Loaded models. Any thread may read; one at a time may `replace`.
 
     Args:
         models: each passed its warm-up.
@@ -42,12 +52,8 @@ class Repository:
     """
 
     def __init__(self, models: Iterable[LoadedModel] = (), default: str | None = None) -> None:
-        self.models = sorted(models, key=lambda model: (model.card.name, int(model.card.version)))
-        newest = {model.card.name: model for model in self.models}  # a name's highest version comes last, and stays
-        if default is None:
-            self._default = max(newest.values(), key=lambda model: model.card.provenance.created, default=None)
-        else:
-            self._default = newest[default]
+        self.models = _in_order(models)
+        self._default = default
 
     @property
     def ready(self) -> bool:
@@ -60,10 +66,9 @@ class Repository:
 
         Raises:
             NotReadyError: nothing is loaded.
+            ModelNotFoundError: the default model was unloaded, others were not.
         """
-        if self._default is None:
-            raise NotReadyError("no model is loaded yet; /readyz says when one is.")
-        return self._default
+        return self.get()
 
     def get(self, name: str | None = None, version: str | None = None) -> LoadedModel:
         """The newest loaded version, or the given one, of the named or the default model.
@@ -72,14 +77,29 @@ class Repository:
             NotReadyError: nothing is loaded.
             ModelNotFoundError: what was asked for is not loaded.
         """
-        default = self.default
-        wanted = default.card.name if name is None else name
-        found = [model for model in self.models if model.card.name == wanted and version in (None, model.card.version)]
+        models = self.models  # one look, for a swap may come at any moment
+        if not models:
+            raise NotReadyError("no model is loaded; /readyz says when one is.")
+        wanted = self._default if name is None else name
+        if wanted is None:
+            wanted = max(models, key=lambda model: model.card.provenance.created).card.name
+        found = [model for model in models if model.card.name == wanted and version in (None, model.card.version)]
         if not found:
             asked = f"model {wanted!r}" + (f", version {version!r}," if version is not None else "")
-            loaded = ", ".join(f"{model.card.name} ({model.card.version})" for model in self.models)
+            loaded = ", ".join(f"{model.card.name} ({model.card.version})" for model in models)
             raise ModelNotFoundError(f"{asked} is not loaded; loaded are, with their versions: {loaded}.")
         return found[-1]
+
+    def versions(self, name: str) -> list[LoadedModel]:
+        """What is loaded of one model, oldest first."""
+        return [model for model in self.models if model.card.name == name]
+
+    def replace(self, name: str, models: Iterable[LoadedModel]) -> None:
+        """Put these in the place of all that is loaded of one model, in one step.
+
+        Requests that hold an old one finish on it; an `Inference` that nobody holds any more ends by itself.
+        """
+        self.models = _in_order([*(model for model in self.models if model.card.name != name), *models])
 
     def close(self) -> None:
         """Finish what was accepted, and free the networks' threads."""
@@ -87,39 +107,41 @@ class Repository:
             model.inference.close()
 
 
+def _in_order(models: Iterable[LoadedModel]) -> tuple[LoadedModel, ...]:
+    """By name, and the highest version of a name last."""
+    return tuple(sorted(models, key=lambda model: (model.card.name, int(model.card.version))))
+
+
+def load_model(version: Version, settings: Settings) -> LoadedModel:
+    """Load one version, hold it against its card and warm it up.
+
+    Raises:
+        ModelError, CardError: it is broken.
+    """
+    session = Session(version.folder, settings)
+    batcher = Batcher(
+        session,
+        lanes=session.runtime.lanes,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        wait_us=settings.batch_wait_us,
+        on_batch=partial(record_batch, session.card.name),
+    )
+    return LoadedModel(session.card, session.runtime, batcher, version)
+
+
 def load_repository(settings: Settings) -> Repository:
-    """Load and warm up the newest version of every model under the exports folder.
+    """Load and warm up what is served from the start: the newest version of every model, or all (INTERFLOW_VERSIONS).
 
     Raises:
         ModelError, CardError: no model, not the default one, or one that is broken; a server that starts, starts whole.
     """
-    versions = _newest_versions(settings.exports)
-    if not versions:
-        raise ModelError(
-            f"no model is in {settings.exports}: expected <model>/<version>/model.onnx there. "
-            "Export one, or set INTERFLOW_EXPORTS."
-        )
-    if settings.model is not None and settings.model not in versions:
-        raise ModelError(f"INTERFLOW_MODEL is {settings.model!r}, but {settings.exports} holds {', '.join(versions)}.")
-    sessions = [Session(folder, settings) for folder in versions.values()]
-    return Repository(
-        (LoadedModel(session.card, session.runtime, DirectInference(session)) for session in sessions), settings.model
-    )
-
-
-def _newest_versions(exports: Path) -> dict[str, Path]:
-    """Folder of the highest version by model; folders that hold no version are named in the log and left out."""
-    try:
-        folders = sorted(path for path in exports.iterdir() if path.is_dir() and not path.name.startswith("."))
-        newest = {}
-        for folder in folders:
-            versions = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(VERSION_PATTERN, path.name)]
-            if versions:
-                newest[folder.name] = max(versions, key=lambda path: int(path.name))
-            else:
-                logger.warning("%s holds no version (a folder named 1, 2, ...) and is left out.", folder)
-    except OSError as error:
-        raise ModelError(
-            f"INTERFLOW_EXPORTS is {exports}, which cannot be read ({error.strerror}); expected a folder of models."
-        ) from error
-    return newest
+    found = find_versions(settings.exports)
+    for name in [name for name, versions in found.items() if not versions]:
+        logger.warning("%s holds no version (a folder named 1, 2, ...) and is left out.", settings.exports / name)
+        del found[name]
+    if settings.model is not None and settings.model not in found:
+        raise ModelError(f"INTERFLOW_MODEL is {settings.model!r}, but {settings.exports} holds {', '.join(found)}.")
+    policy = START_POLICIES[settings.versions]
+    chosen = [version for versions in found.values() for version in policy.choose(versions)]
+    return Repository([load_model(version, settings) for version in chosen], settings.model)

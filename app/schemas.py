@@ -1,9 +1,13 @@
 """What the server answers, as JSON."""
 
-import operator
-from typing import Annotated, Literal
+from typing import (
+    Annotated,
+    Literal,
+    NotRequired,  # pydantic asks for these below Python 3.12
+)
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from model.contract import MethodInfo, ModelCard
 
@@ -34,7 +38,10 @@ class ModelRef(_Body):
     sha256: str
 
 
-class Prediction(_Body):
+# An answer is a plain dictionary, which costs its request a fraction of what a model's objects would.
+
+
+class Prediction(TypedDict):
     """A class and the softmax probability given to it."""
 
     label: str
@@ -42,7 +49,7 @@ class Prediction(_Body):
     confidence: Confidence
 
 
-class StageAnswer(_Body):
+class StageAnswer(TypedDict):
     """What one stage said, and how much it counted in the fused answer."""
 
     name: str
@@ -60,7 +67,7 @@ class StageAnswer(_Body):
     evaluated: bool
 
 
-class LayerSource(_Body):
+class LayerSource(TypedDict):
     """One thing that a block drew on: an earlier block, a stage, an input or itself."""
 
     name: str
@@ -69,7 +76,7 @@ class LayerSource(_Body):
     ]
 
 
-class LayerAttention(_Body):
+class LayerAttention(TypedDict):
     """What one block of the network drew on for this image, by the attention that its own layers have."""
 
     block: Annotated[str, Field(description="where in the network")]
@@ -84,32 +91,44 @@ class LayerAttention(_Body):
     sources: list[LayerSource]
 
 
-class Timing(_Body):
+class Timing(TypedDict):
     """Milliseconds since the request's body was read."""
 
     decode: Annotated[float, Field(description="image to pixels, with the wait for a free decoder")]
     queue: Annotated[float, Field(description="wait for the network")]
-    inference: Annotated[float, Field(description="the network's forward pass")]
+    inference: Annotated[float, Field(description="the network's forward pass, of the whole batch that ran")]
     total: Annotated[float, Field(description="from the body's last byte to this answer")]
 
 
-class Answer(_Body):
-    """The answer to one image."""
+class Interpretation(TypedDict):
+    """The part of an answer that the network decides."""
 
-    request_id: str
-    model: ModelRef
     prediction: Annotated[Prediction, Field(description="of the fused logits over the card's temperature")]
     top_k: list[Prediction]
     stages: Annotated[list[StageAnswer], Field(description="from shallow to deep")]
     agreement: Annotated[float, Field(ge=0, le=1, description="share of the evaluated stages that agree")]
-    layer_attention: Annotated[
-        list[LayerAttention],
-        Field(
-            exclude_if=operator.not_,
-            description="only where `layers=true` asked for it: what the blocks drew on, in the network's order",
-        ),
-    ] = []
+    layer_attention: NotRequired[
+        Annotated[
+            list[LayerAttention],
+            Field(description="only where `layers=true` asked for it: what the blocks drew on, in the network's order"),
+        ]
+    ]
+
+
+class Answer(Interpretation):
+    """The answer to one image."""
+
+    request_id: str
+    model: ModelRef
     timing_ms: Timing
+
+
+class BatchAnswer(TypedDict):
+    """The answers to several images."""
+
+    results: Annotated[
+        list[Answer | Problem], Field(description="in the order of the images; a problem where one has none")
+    ]
 
 
 class Runtime(_Body):
@@ -119,7 +138,16 @@ class Runtime(_Body):
     requested_provider: Literal["auto", "cuda", "cpu"]
     fallback: Annotated[str | None, Field(description="why `auto` did not take CUDA; null where it did")]
     onnxruntime: Annotated[str, Field(description="version")]
+    cpus: Annotated[int, Field(description="that this process may use, by affinity and control group")]
+    lanes: Annotated[int, Field(description="inferences at a time")]
     threads: Annotated[int, Field(description="CPU threads of one inference")]
+    spinning: Annotated[bool, Field(description="idle threads of an inference burn their CPU")]
+    max_batch: Annotated[int, Field(description="images that are run at a time")]
+    batch_sizes: Annotated[
+        list[int] | None, Field(description="sizes that batches are padded to, all warmed up; null: none")
+    ]
+    batch_wait_us: Annotated[int, Field(description="microseconds that images wait for others to fill their batch")]
+    max_queue: Annotated[int, Field(description="images that may wait")]
 
 
 class ModelDescription(ModelCard):
@@ -183,3 +211,63 @@ class Ready(_Body):
 
     status: Literal["ready"] = "ready"
     models: Annotated[list[ReadyModel], Field(min_length=1)]
+
+
+class ProtocolProblem(_Body):
+    """An error, as the Open Inference Protocol has it."""
+
+    error: str
+
+
+class ProtocolServer(_Body):
+    """This server, as the Open Inference Protocol describes one."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ProtocolLive(_Body):
+    """The process answers."""
+
+    live: Literal[True] = True
+
+
+class ProtocolReady(_Body):
+    """At least one model is loaded and passed its warm-up."""
+
+    ready: Literal[True] = True
+
+
+class ProtocolModelReady(_Body):
+    """The model is loaded and passed its warm-up."""
+
+    name: str
+    ready: Literal[True] = True
+
+
+class ProtocolTensor(_Body):
+    """An input or output of a model; -1 is the number of images."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ProtocolModel(_Body):
+    """A model, as the Open Inference Protocol describes one."""
+
+    name: str
+    versions: Annotated[list[str], Field(description="that are loaded")]
+    platform: str
+    inputs: list[ProtocolTensor]
+    outputs: list[ProtocolTensor]
+
+
+class IndexEntry(_Body):
+    """One version of a model, on disk or loaded."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: Annotated[str, Field(description="why it is not loaded")]

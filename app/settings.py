@@ -1,11 +1,12 @@
 """Settings: environment variables INTERFLOW_*, read once at the start."""
 
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.contract import InterflowError
@@ -22,6 +23,13 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _prefix(path: str) -> str:
+    path = path.rstrip("/")
+    if path and not re.fullmatch(r"(/[\w.~-]+)+", path, re.ASCII):
+        raise ValueError("expected a path such as /digits, of letters, digits and . _ ~ -")
+    return path
+
+
 class Settings(BaseSettings):
     """What can be set; each field is the variable INTERFLOW_<FIELD>, and an empty one counts as not set."""
 
@@ -31,23 +39,87 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     exports: Annotated[Path, Field(description="model repository: <model>/<version>/model.onnx")] = Path("exports")
     model: Annotated[str | None, Field(description="default model; none: the one exported last")] = None
+    versions: Annotated[
+        Literal["newest", "all"],
+        BeforeValidator(_lower),
+        Field(description="newest or all: which versions of a model are loaded, unless a load request says"),
+    ] = "newest"
+    poll_s: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="seconds between looks for new or changed models; 0: none")
+    ] = 0
     provider: Annotated[
         Literal["auto", "cuda", "cpu"],
         BeforeValidator(_lower),
         Field(description="auto, cuda or cpu; auto takes CUDA where it works, cuda refuses to start without"),
     ] = "auto"
     max_bytes: Annotated[int, Field(gt=0, description="bytes allowed in one encoded image")] = 10 * 2**20
+    max_tensor_bytes: Annotated[
+        int,
+        Field(gt=0, description="bytes allowed in one inference request of /v2, inflated, and in its answer's tensors"),
+    ] = 64 * 2**20
+    max_json_bytes: Annotated[int, Field(gt=0, description="bytes of them that may be JSON")] = 2**20
+    max_batch_bytes: Annotated[
+        int, Field(gt=0, description="bytes allowed in the images of one /predict/batch together")
+    ] = 64 * 2**20
     max_pixels: Annotated[
         int,
         Field(gt=0, le=MOST_PIXELS, description=f"pixels allowed in one image, at most {MOST_PIXELS} (Pillow's limit)"),
     ] = DEFAULT_MAX_PIXELS
-    threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: one per usable CPU")] = 0
+    timeout_ms: Annotated[
+        int,
+        Field(ge=0, description="milliseconds that a request may take, or less by its X-Request-Timeout-Ms; 0: any"),
+    ] = 30_000
+    max_queue: Annotated[
+        int, Field(gt=0, description="images that may wait for the network, and for a decoder; more are answered 429")
+    ] = 512
+    max_batch: Annotated[int, Field(gt=0, le=4096, description="images that the network runs at a time")] = 32
+    batch_wait_us: Annotated[
+        int, Field(ge=0, description="microseconds that images wait for others to fill their batch")
+    ] = 0
+    lanes: Annotated[int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs")] = 0
+    threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: the usable CPUs over the lanes")] = 0
+    spinning: Annotated[
+        bool, Field(description="threads of an inference wait for work by burning their CPU; only where it is theirs")
+    ] = False
     decode_workers: Annotated[int, Field(ge=0, description="images decoded at a time; 0: one per usable CPU")] = 0
     log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],
         BeforeValidator(_lower),
         Field(description="critical, error, warning, info or debug"),
     ] = "info"
+    log_format: Annotated[
+        Literal["console", "json"], BeforeValidator(_lower), Field(description="console or json, one object a line")
+    ] = "console"
+    workers: Annotated[int, Field(ge=1, description="processes of `python -m app`; they share the usable CPUs")] = 1
+    state_dir: Annotated[
+        Path | None, Field(description="folder that several workers share; `python -m app` makes and removes its own")
+    ] = None
+    drain_s: Annotated[
+        float, Field(ge=0, description="seconds from SIGTERM, with /readyz at 503, until the listener closes")
+    ] = 0.5
+    body_timeout_s: Annotated[
+        float, Field(gt=0, description="seconds that a request's head, and then its body, may take to arrive")
+    ] = 30
+    keep_alive_s: Annotated[
+        int, Field(ge=0, description="seconds that an idle connection is kept; more than those of the proxy in front")
+    ] = 75
+    root_path: Annotated[
+        str, AfterValidator(_prefix), Field(description="path prefix under which a proxy serves this, such as /digits")
+    ] = ""
+    cors_origins: Annotated[
+        str, Field(description="other origins whose pages may ask, separated by commas, or *; none: no page may")
+    ] = ""
+    api_keys: Annotated[
+        SecretStr | None,
+        Field(description="keys of clients, separated by commas; none here or in the file: none is needed"),
+    ] = None
+    api_keys_file: Annotated[Path | None, Field(description="file of more keys, one a line; read at the start")] = None
+    management_key: Annotated[
+        SecretStr | None, Field(description="key that loading and unloading models takes; none: both are off")
+    ] = None
+    tracing: Annotated[
+        bool, Field(description="send OpenTelemetry spans, as the OTEL_ variables say; takes the extra `tracing`")
+    ] = False
 
 
 def variable(field: str) -> str:
@@ -71,11 +143,6 @@ def load_settings() -> Settings:
         raise SettingsError(
             f"{variable(field)} is {first['input']!r}: {reason} ({Settings.model_fields[field].description})."
         ) from error
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_unknown_variables() -> None:

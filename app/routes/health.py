@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request
 
-from app.errors import NotReadyError, problem_responses
+from app.errors import NotReadyError, problem_responses, require_no_draining
 from app.repository import Repository
 from app.schemas import Alive, Ready, ReadyModel
 
@@ -17,10 +17,11 @@ async def is_alive() -> Alive:
 
 @router.get("/readyz", responses=problem_responses(503))
 async def is_ready(request: Request) -> Ready:
-    """200 once a model is loaded and has passed its warm-up."""
+    """200 once a model is loaded and has passed its warm-up, until the server is told to end."""
+    require_no_draining(request)
     repository: Repository = request.app.state.repository
     if not repository.ready:
-        raise NotReadyError("no model is loaded yet.")
+        raise NotReadyError("no model is loaded.")
     return Ready(
         models=[
             ReadyModel(

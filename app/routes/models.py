@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import problem_responses
+from app.errors import ModelNotFoundError, problem_responses
 from app.repository import Repository
 from app.schemas import BranchWeights, LoadedModelSummary, ModelDescription, ModelList, StageWeights
 
@@ -34,7 +34,10 @@ class ModelQuery(BaseModel):
 async def list_models(request: Request) -> ModelList:
     """The loaded models; one of them answers where a request names none."""
     repository: Repository = request.app.state.repository
-    default = repository.default
+    try:
+        default = repository.default
+    except ModelNotFoundError:  # the one that is set was unloaded, others were not
+        default = None
     return ModelList(
         models=[
             LoadedModelSummary(**model.ref.model_dump(), classes=len(model.card.classes), default=model is default)

@@ -12,33 +12,49 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
-from app.inference import DirectInference, Network, Outputs
+from app.batcher import Batcher
+from app.inference import Network, Outputs
 from app.main import create_app
 from app.repository import LoadedModel, Repository
 from app.schemas import Runtime
+from app.server import Server
 from app.settings import PREFIX, Settings
 from model.contract import (
     BRANCH_LOGITS,
+    BRANCH_WEIGHTS,
     CARD_FILE,
     LAYER_ATTENTION,
+    LOGITS,
     METADATA_KEY,
     MODEL_FILE,
     LayerAttentionInfo,
     ModelCard,
+    branch_map_name,
 )
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("red", "green", "blue")
-RUNTIME = Runtime(provider="cpu", requested_provider="cpu", fallback=None, onnxruntime="0", threads=1)
+RUNTIME = Runtime(
+    provider="cpu",
+    requested_provider="cpu",
+    fallback=None,
+    onnxruntime="0",
+    cpus=1,
+    lanes=1,
+    threads=1,
+    spinning=False,
+    max_batch=32,
+    batch_sizes=None,
+    batch_wait_us=0,
+    max_queue=512,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,11 +74,22 @@ class ColourNetwork:
 
     weights = np.array([[1.0] * 3, [-1.5] * 3, [0.5] * 3], np.float32)
 
-    def run(self, images: np.ndarray) -> Outputs:
+    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+        outputs = self.outputs(images)
+        return {name: outputs[name] for name in names}
+
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """All of them; the maps are the same everywhere."""
         means = images.astype(np.float32).mean(axis=(1, 2)) / 255
         branch_logits = np.stack([means, -2 * means, np.roll(means, 1, axis=1)], axis=1)
         weights = np.broadcast_to(self.weights, branch_logits.shape)
-        return Outputs((weights * branch_logits).sum(axis=1), branch_logits, weights)
+        maps = np.broadcast_to(branch_logits[..., None, None], (*branch_logits.shape, 2, 2))
+        return {
+            LOGITS: (weights * branch_logits).sum(axis=1),
+            BRANCH_LOGITS: branch_logits,
+            BRANCH_WEIGHTS: weights,
+            **{branch_map_name(branch): maps[:, branch] for branch in range(3)},
+        }
 
 
 class LayeredNetwork(ColourNetwork):
@@ -82,7 +109,7 @@ class LayeredNetwork(ColourNetwork):
         {"block": "stage3.block1", "module": "MRLA-light", "kind": "gate", "sources": ("stage3.block1",)},
     )
 
-    def run(self, images: np.ndarray) -> Outputs:
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         red, green, blue = (images.astype(np.float32).mean(axis=(1, 2)) / 255).T
         none = np.zeros_like(red)
         attention = [
@@ -90,7 +117,7 @@ class LayeredNetwork(ColourNetwork):
             [green / 2, blue / 2, 1 - green / 2 - blue / 2],
             [blue, none, none],
         ]
-        return replace(super().run(images), layer_attention=np.array(attention).transpose(2, 0, 1))
+        return super().outputs(images) | {LAYER_ATTENTION: np.array(attention).transpose(2, 0, 1)}
 
 
 def _colour_card(
@@ -149,18 +176,30 @@ def colour_card() -> Callable[..., ModelCard]:
 
 
 @pytest.fixture
+def colour_network() -> ColourNetwork:
+    """The network by itself."""
+    return ColourNetwork()
+
+
+@pytest.fixture
+def layered_network() -> LayeredNetwork:
+    """The network by itself."""
+    return LayeredNetwork()
+
+
+@pytest.fixture
 def colour_model() -> Callable[..., LoadedModel]:
     """Makes a loaded model of the card's arguments and a network, `ColourNetwork` by default."""
 
     def make(network: Network | None = None, **card: str) -> LoadedModel:
-        return LoadedModel(_colour_card(**card), RUNTIME, DirectInference(network or ColourNetwork()))
+        return LoadedModel(_colour_card(**card), RUNTIME, Batcher(network or ColourNetwork()))
 
     return make
 
 
 def _layered_model() -> LoadedModel:
     card = _colour_card(name="layered", layer_attention=LayeredNetwork.blocks)
-    return LoadedModel(card, RUNTIME, DirectInference(LayeredNetwork()))
+    return LoadedModel(card, RUNTIME, Batcher(LayeredNetwork()))
 
 
 @pytest.fixture
@@ -177,7 +216,7 @@ def _serve(app: FastAPI) -> Iterator[httpx2.Client]:
     """A uvicorn server in a thread, and a client that speaks real HTTP to it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=5))
+        server = Server(app, getattr(app.state, "settings", Settings()))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while thread.is_alive() and not server.started:
@@ -203,7 +242,7 @@ def serve() -> Serve:
 def colours() -> Iterator[httpx2.Client]:
     """A client of a server of the hand-computed network, with 100,000 bytes and 1,000,000 pixels allowed."""
     settings = Settings(max_bytes=100_000, max_pixels=1_000_000)
-    model = LoadedModel(_colour_card(), RUNTIME, DirectInference(ColourNetwork()))
+    model = LoadedModel(_colour_card(), RUNTIME, Batcher(ColourNetwork()))
     with _serve(create_app(settings, Repository([model]))) as client:
         yield client
 
@@ -211,7 +250,7 @@ def colours() -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="session")
 def layered() -> Iterator[httpx2.Client]:
     """A client of a server of `LayeredNetwork`, by the name of layered, and of `ColourNetwork`, which has no layers."""
-    colours = LoadedModel(_colour_card(), RUNTIME, DirectInference(ColourNetwork()))
+    colours = LoadedModel(_colour_card(), RUNTIME, Batcher(ColourNetwork()))
     with _serve(create_app(Settings(), Repository([_layered_model(), colours], "layered"))) as client:
         yield client
 

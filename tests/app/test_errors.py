@@ -82,5 +82,6 @@ def test_unknown_path_and_method(colours):
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     answer = colours.get("/predict")
     assert (answer.status_code, answer.json()["code"], answer.headers["allow"]) == (405, "method_not_allowed", "POST")
-    for method in ("HEAD", "OPTIONS", "PATCH", "BREW"):
+    for method in ("HEAD", "OPTIONS", "PATCH", "PROPFIND"):
         assert colours.request(method, "/predict").status_code == 405
+    assert colours.request("BREW", "/predict").status_code == 400  # no method that HTTP knows

@@ -1,6 +1,10 @@
-"""The request id is the client's where it is sane, else ours; header and body agree."""
+"""Around requests: ids are the client's where they are sane, else ours; prefixes; pages of other origins."""
 
 import pytest
+
+from app.main import create_app
+from app.repository import Repository
+from app.settings import Settings
 
 
 @pytest.mark.parametrize("given", ["a", "0f8e-1", "trace/1:2=x@y+z._", "x" * 128])
@@ -20,3 +24,39 @@ def test_every_request_gets_an_id_of_its_own(colours):
     ids = {answer.json()["request_id"] for answer in answers}
     assert len(ids) == 3
     assert ids == {answer.headers["x-request-id"] for answer in answers}
+
+
+@pytest.fixture(scope="module")
+def below(serve):
+    """A server of no model below /eyes, for the pages of one other origin."""
+    settings = Settings(root_path="/eyes/", cors_origins="https://a.example, https://b.example", api_keys="key-1")
+    with serve(create_app(settings, Repository())) as client:
+        yield client
+
+
+@pytest.mark.parametrize("prefix", ["", "/eyes"])
+def test_a_path_prefix_may_be_cut_off_by_the_proxy_or_not(below, prefix):
+    assert below.get(f"{prefix}/healthz").status_code == 200
+    headers = {"X-API-Key": "key-1"}
+    assert below.get(f"{prefix}/models").status_code == 401
+    assert below.get(f"{prefix}/models", headers=headers).status_code == 503
+    assert below.get(f"{prefix}/static/examples/digits-7.png", headers=headers).status_code == 200
+    assert below.get(f"{prefix}/openapi.json", headers=headers).json()["servers"] == [{"url": "/eyes"}]
+    assert below.get(f"{prefix}/eyesight", headers=headers).status_code == 404
+
+
+def test_pages_of_the_origins_may_ask_and_others_may_not(below):
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    answer = below.options("/predict", headers=preflight | {"Origin": "https://b.example"})
+    assert answer.status_code == 200  # a preflight bears no key
+    assert answer.headers["access-control-allow-origin"] == "https://b.example"
+    assert "x-api-key" in answer.headers["access-control-allow-headers"].lower()
+    assert below.options("/predict", headers=preflight | {"Origin": "https://c.example"}).status_code == 400
+    for origin, expected in (("https://a.example", "https://a.example"), ("https://c.example", None)):
+        answer = below.get("/models", headers={"Origin": origin})  # errors can be read, too
+        assert answer.headers.get("access-control-allow-origin") == expected
+        assert answer.headers["x-request-id"]
+
+
+def test_without_the_setting_no_page_of_another_origin_may_ask(colours):
+    assert "access-control-allow-origin" not in colours.get("/model", headers={"Origin": "https://a.example"}).headers

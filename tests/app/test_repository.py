@@ -69,6 +69,29 @@ def test_the_newest_of_several_loaded_versions_answers(colour_model):
     assert repository.get("colours", "9").card.version == "9"
 
 
+def test_a_replaced_model_is_gone_in_one_step_and_the_others_stay(colour_model):
+    one, two, three = (
+        colour_model(name="one"),
+        colour_model(name="two", version="2"),
+        colour_model(name="two", version="3"),
+    )
+    repository = Repository([one, two])
+    repository.replace("two", [three])
+    assert repository.models == (one, three)
+    repository.replace("four", [])
+    assert repository.models == (one, three)
+    repository.replace("one", [])
+    assert repository.models == (three,)
+    assert repository.get() is three
+
+
+def test_all_versions_are_loaded_where_that_is_set(artefact, rewrite_card):
+    copy_as(artefact, rewrite_card, "digits", "2")
+    repository = load_repository(Settings(exports=artefact.parents[1], versions="all"))
+    assert [model.card.version for model in repository.versions("digits")] == ["1", "2"]
+    repository.close()
+
+
 def test_nothing_loaded_is_never_ready():
     repository = Repository()
     assert not repository.ready

@@ -10,7 +10,15 @@ from app import session as module
 from app.errors import InferenceError
 from app.session import ModelError, Session
 from app.settings import Settings
-from model.contract import BRANCH_LOGITS, CARD_FILE, LOGITS, MODEL_FILE, CardError
+from model.contract import (
+    BRANCH_LOGITS,
+    BRANCH_WEIGHTS,
+    CARD_FILE,
+    LAYER_ATTENTION,
+    LOGITS,
+    MODEL_FILE,
+    CardError,
+)
 from model.explain import contributions
 
 CPU = Settings(provider="cpu", threads=1)
@@ -25,23 +33,85 @@ def images(artefact):
 
 def test_a_batch_gives_what_its_images_give_alone(artefact, images):
     session = Session(artefact, CPU)
-    together = session.run(images)
+    names = list(session.card.outputs)
+    together = session.run(images, names)
+    assert list(together) == names
     for index in range(len(images)):
-        alone = session.run(images[index : index + 1])
-        np.testing.assert_allclose(together.logits[index], alone.logits[0], rtol=1e-4, atol=1e-4)
-    added = contributions(together.branch_logits, together.branch_weights)
-    np.testing.assert_allclose(added.sum(axis=1), together.logits, rtol=1e-4, atol=1e-4)
+        alone = session.run(images[index : index + 1], names)
+        for name in names:
+            np.testing.assert_allclose(together[name][index], alone[name][0], rtol=1e-4, atol=1e-4)
+    added = contributions(together[BRANCH_LOGITS], together[BRANCH_WEIGHTS])
+    np.testing.assert_allclose(added.sum(axis=1), together[LOGITS], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_asked_for_is_computed(artefact, images):
+    assert list(Session(artefact, CPU).run(images, [BRANCH_WEIGHTS, "branch_map_1"])) == [
+        BRANCH_WEIGHTS,
+        "branch_map_1",
+    ]
 
 
 def test_runtime_is_reported(artefact):
     runtime = Session(artefact, CPU).runtime
     assert (runtime.provider, runtime.requested_provider, runtime.fallback) == ("cpu", "cpu", None)
     assert (runtime.onnxruntime, runtime.threads) == (onnxruntime.__version__, 1)
+    assert runtime.batch_sizes is None
+
+
+def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, monkeypatch):
+    def chosen(cpus, **settings):
+        monkeypatch.setattr(module, "usable_cpus", lambda workers: cpus // workers)
+        runtime = Session(artefact, Settings(provider="cpu", **settings)).runtime
+        return runtime.cpus, runtime.lanes, runtime.threads
+
+    assert [chosen(cpus) for cpus in (1, 2, 4, 8)] == [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 2, 4)]
+    assert chosen(8, workers=4) == (2, 1, 2)
+    assert chosen(2, lanes=3) == (2, 3, 1)
+    assert chosen(2, threads=1) == (2, 1, 1)
+
+
+def test_choices_are_reported(artefact):
+    settings = Settings(provider="cpu", spinning=True, max_batch=7, batch_wait_us=5, max_queue=9, lanes=2, threads=1)
+    runtime = Session(artefact, settings).runtime
+    assert (runtime.spinning, runtime.max_batch, runtime.batch_wait_us, runtime.max_queue) == (True, 7, 5, 9)
+
+
+def test_on_cuda_batches_are_padded_to_sizes_that_were_warmed_up(artefact, monkeypatch, pretended_driver, images):
+    """CUDA is the CPU here, but that it says otherwise."""
+    ran = []
+
+    class Pretending(onnxruntime.InferenceSession):
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+        def run(self, names, feeds):
+            ran.append(len(feeds["image"]))
+            return super().run(names, feeds)
+
+    def create(path, providers, threads, spinning):
+        return Pretending(path, providers=[module.CPU])
+
+    plain = Session(artefact, CPU).run(images, [LOGITS, "branch_map_0"])
+    monkeypatch.setattr(module, "_create", create)
+    session = Session(artefact, Settings(provider="cuda", max_batch=12))
+    assert session.runtime.batch_sizes == [1, 2, 4, 8, 12] == ran
+    padded = session.run(images, [LOGITS, "branch_map_0"])
+    for count in (1, 3, 4):
+        session.run(images[:count], [LOGITS])
+    assert ran[5:] == [8, 1, 4, 4]
+    for name, values in padded.items():
+        assert len(values) == len(images) == 5
+        np.testing.assert_allclose(values, plain[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8])])
+def test_sizes_double_up_to_the_largest_batch(most, sizes):
+    assert module._doubling(most) == sizes
 
 
 def test_images_of_a_wrong_shape_are_an_inference_error(artefact):
     with pytest.raises(InferenceError, match="inference failed"):
-        Session(artefact, CPU).run(np.zeros((1, 2, 3, 4), np.uint8))
+        Session(artefact, CPU).run(np.zeros((1, 2, 3, 4), np.uint8), [LOGITS])
 
 
 # Broken artefacts
@@ -176,15 +246,14 @@ def rows(layered_model):
 
 
 def test_layer_attention_is_the_graphs_image_by_image(artefact, images, rows, add_layer_attention):
-    plain = Session(artefact, CPU).run(images)
-    assert plain.layer_attention is None
+    plain = Session(artefact, CPU).run(images, [LOGITS, BRANCH_LOGITS])
     add_layer_attention(artefact, rows, CONSTANT, VARYING)
-    outputs = Session(artefact, CPU).run(images)
-    g = 1 / (1 + np.exp(-plain.branch_logits.mean(axis=(1, 2))))
+    outputs = Session(artefact, CPU).run(images, [LOGITS, LAYER_ATTENTION])
+    g = 1 / (1 + np.exp(-plain[BRANCH_LOGITS].mean(axis=(1, 2))))
     assert np.ptp(g) > 0.01
-    np.testing.assert_allclose(outputs.layer_attention, CONSTANT + g[:, None, None] * VARYING, atol=1e-4)
-    np.testing.assert_allclose(outputs.layer_attention[:, :2].sum(axis=2), 1, rtol=1e-6)
-    np.testing.assert_array_equal(outputs.logits, plain.logits)
+    np.testing.assert_allclose(outputs[LAYER_ATTENTION], CONSTANT + g[:, None, None] * VARYING, atol=1e-4)
+    np.testing.assert_allclose(outputs[LAYER_ATTENTION][:, :2].sum(axis=2), 1, rtol=1e-6)
+    np.testing.assert_array_equal(outputs[LOGITS], plain[LOGITS])
 
 
 @pytest.mark.parametrize(
@@ -264,7 +333,7 @@ def pretended_driver(monkeypatch):
 
 def test_cuda_that_silently_becomes_cpu_is_noticed(artefact, monkeypatch, pretended_driver):
     create = module._create
-    monkeypatch.setattr(module, "_create", lambda path, providers, threads: create(path, [module.CPU], threads))
+    monkeypatch.setattr(module, "_create", lambda path, providers, *options: create(path, [module.CPU], *options))
     reason = Session(artefact, Settings(provider="auto")).runtime.fallback
     assert "CUDA does not start (Failed to load libcudart.so.13: no such file; the extra `gpu`" in reason
     with pytest.raises(ModelError, match="INTERFLOW_PROVIDER is cuda, but CUDA does not start"):
@@ -274,10 +343,10 @@ def test_cuda_that_silently_becomes_cpu_is_noticed(artefact, monkeypatch, preten
 def test_cuda_that_fails_is_told(artefact, monkeypatch, pretended_driver):
     create = module._create
 
-    def out_of_memory(path, providers, threads):
+    def out_of_memory(path, providers, *options):
         if providers != [module.CPU]:
             raise RuntimeError("CUDA failure 2: out of memory\nmore")
-        return create(path, providers, threads)
+        return create(path, providers, *options)
 
     monkeypatch.setattr(module, "_create", out_of_memory)
     assert Session(artefact, Settings(provider="auto")).runtime.fallback == (
@@ -288,7 +357,7 @@ def test_cuda_that_fails_is_told(artefact, monkeypatch, pretended_driver):
 def test_cuda_is_asked_for_with_the_heuristic_search(artefact, monkeypatch, pretended_driver):
     asked = []
 
-    def record(path, providers, threads):
+    def record(path, providers, *options):
         asked.append(providers)
         raise RuntimeError("enough")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import Settings, SettingsError, load_settings, usable_cpus
+from app.settings import Settings, SettingsError, load_settings
 
 
 def test_defaults():
@@ -40,6 +40,11 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch, field):
         ("provider", "rocm", "'auto', 'cuda' or 'cpu'"),
         ("max_bytes", "0", "greater than 0"),
         ("max_pixels", "178000001", "less than or equal to 178000000"),
+        ("versions", "latest", "'newest' or 'all'"),
+        ("poll_s", "-1", "greater than or equal to 0"),
+        ("poll_s", "inf", "finite"),
+        ("max_tensor_bytes", "0", "greater than 0"),
+        ("max_json_bytes", "0", "greater than 0"),
         ("threads", "-1", "greater than or equal to 0"),
         ("decode_workers", "2.5", "valid integer"),
         ("log_level", "loud", "'debug'"),
@@ -67,7 +72,3 @@ def test_kubernetes_service_variables_are_explained(monkeypatch):
     monkeypatch.setenv("INTERFLOW_PORT", "tcp://10.0.0.1:8000")
     with pytest.raises(SettingsError, match="enableServiceLinks"):
         load_settings()
-
-
-def test_some_cpu_is_usable():
-    assert usable_cpus() >= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from app.__main__ import _bind
+from app.listener import bind
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_serves_and_ends_with_0_on_a_signal(start, photos, number):
 
 def test_answers_are_not_held_back():
     """asyncio sets TCP_NODELAY on connections of a listener that names its protocol, and on no other."""
-    with _bind(Settings(port=0)) as listener:
+    with bind(Settings(port=0)) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 
 

@@ -1,10 +1,16 @@
 """One image a request, from a form or as the body; limits hold while it streams in; nothing is written to disk."""
 
+import asyncio
 import io
+import random
 import tempfile
 
 import pytest
 from PIL import Image
+from starlette.datastructures import Headers
+
+from app import upload
+from app.errors import MultipartError
 
 LIMIT = 100_000  # of the `colours` server
 
@@ -198,3 +204,81 @@ def test_a_form_cut_off(colours, cut):
     answer = post_form(colours, (part(png()) + b"--x--")[:-cut])
     assert refused(answer) == (400, "invalid_multipart")
     assert "closing boundary" in answer.json()["detail"]
+
+
+# The fast way through a plain form, against the general one
+
+CONTENTS = [
+    b"",
+    b"x",
+    b"\r\n",
+    b"--x",
+    b"\r\n--",
+    b"\r\n--x",
+    b"\r\n--xy",
+    b"\r\n--x--",
+    b"\r\n--x\r\n",
+    bytes(range(256)),
+]
+NAMES = [b"image", b"file", b"images", b"a b", b""]
+FILENAMES = [*[b'"; filename="a.png"'] * 9, b'"', b'"; filename=""', b'"; filename="\xc3\xa9"', b'"; filename=a']
+TYPES = [*[b"", b"\r\nContent-Type: image/png"] * 5, b"\r\nContent-Type: text/plain; charset=x", b"\r\nX: y"]
+PIECES = [
+    b"--x", b"--", b"\r\n", b"\n", b"x", b"y", b" ", b";", b'"', b"\0", b"Content-Disposition: form-data; name=",
+    b'Content-Disposition: form-data; name="image"; filename="a.png"', b"Content-Type: image/png",
+    b'content-disposition: form-data; name="file"; filename=""', b"Content-Transfer-Encoding: base64", b"\xff",
+]  # fmt: skip
+
+
+def both_ways(body, content_type, max_parts):
+    """What each parser says; None where it refuses."""
+    try:
+        headers = Headers({"Content-Type": content_type})
+        general = asyncio.run(upload.general_parts(headers, body, max_parts))
+    except MultipartError:
+        general = None
+    return upload.plain_parts(content_type, body, max_parts), general
+
+
+def test_a_plain_form_as_clients_write_it_takes_the_fast_way():
+    for client in (
+        b'Content-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png',  # curl, browsers
+        b'Content-Disposition: form-data; name="file"; filename="a b(1).jpeg"',  # requests
+        b'Content-Disposition: form-data; name="image"; filename="blob"\r\nContent-Type: application/octet-stream',
+    ):
+        for content in (b"", png(), b"\r\n\r\n--y"):
+            body = b"--x\r\n" + client + b"\r\n\r\n" + content + b"\r\n--x--\r\n"
+            plain, general = both_ways(body, "multipart/form-data; boundary=x", 1)
+            assert plain == general
+            assert [part.content for part in plain] == [content]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_fast_way_never_differs_from_the_general_one(seed):
+    """Forms of every kind of part and content, then mutated: whatever the fast way takes, it takes as the other."""
+    chance = random.Random(seed)
+    taken = 0
+    for _ in range(200):
+        parts = [
+            b"--x\r\nContent-Disposition: form-data; name=\""
+            + chance.choice(NAMES) + chance.choice(FILENAMES) + chance.choice(TYPES)
+            + b"\r\n\r\n" + b"".join(chance.choices(CONTENTS, k=chance.randrange(3))) + b"\r\n"
+            for _ in range(chance.choice([0, 1, 1, 1, 2, 5]))
+        ]  # fmt: skip
+        body = b"".join(parts) + chance.choice([b"--x--\r\n", b"--x--"] * 4 + [b"--x--\r\nmore", b"--x-", b""])
+        for _ in range(chance.choice([0, 0, 0, 1, 2])):
+            place = chance.randrange(len(body) + 1)
+            body = body[:place] + chance.choice(PIECES) + body[place + chance.randrange(3) :]
+        kind = chance.choice(["multipart/form-data; boundary=x"] * 8 + ['multipart/form-data; boundary="x"; a=b'])
+        plain, general = both_ways(body, kind, 3)
+        if plain is not None:
+            taken += 1
+            assert plain == general, body
+    assert taken > 10
+
+
+def test_the_fast_way_keeps_the_limit_of_parts():
+    for count in (3, 4):
+        body = part(b"1", 'form-data; name="images"; filename="a"') * count + b"--x--"
+        plain, general = both_ways(body, "multipart/form-data; boundary=x", 3)
+        assert (plain is None) == (general is None) == (count > 3)

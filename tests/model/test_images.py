@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from model import images
 from model.contract import InputSpec
-from model.images import ImageError, ImageTooLargeError, decode_image, read_input, to_input
+from model.images import ImageError, ImageTooLargeError, open_image, read_input, to_input
 
 
 def spec(size=(20, 10), channels=3, resize="crop", interpolation="bilinear"):
@@ -28,6 +29,10 @@ def encode(image, kind="PNG", **options):
 def cat(photographs):
     with Image.open(photographs["chelsea.png"]) as image:
         return image.convert("RGB")
+
+
+def decode_image(data, channels, max_pixels=images.DEFAULT_MAX_PIXELS):
+    return images.decode_image(open_image(data, max_pixels), channels)
 
 
 def difference(image, other):
@@ -207,3 +212,76 @@ def test_bytes_and_path_give_the_same_pixels(photographs):
     assert np.array_equal(read_input(path, spec()), read_input(path.read_bytes(), spec()))
     with pytest.raises(FileNotFoundError):
         read_input(path.with_name("no-such.png"), spec())
+
+
+# JPEGs, decoded at a smaller scale
+
+
+def fully(data, rule):
+    """As if no JPEG were ever decoded at a smaller scale."""
+    return to_input(decode_image(data, rule.channels), rule)
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "rocket.jpg"])
+@pytest.mark.parametrize("rule", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 90, "progressive": True, "subsampling": 0}])
+@pytest.mark.parametrize("size", [(1152, 896), (999, 667)])
+def test_a_large_jpeg_gives_nearly_the_pixels_of_its_full_decoding(photographs, name, rule, options, size):
+    with Image.open(photographs[name]) as photograph:
+        data = encode(photograph.convert("RGB").resize(size), "JPEG", **options)
+    for channels in (1, 3):
+        small = spec((32, 32), channels, rule)
+        apart = np.abs(read_input(data, small).astype(int) - fully(data, small))
+        assert apart.mean() < 1
+        assert apart.max() <= 20
+        assert apart.any()  # or it was decoded in full
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("rule", ["crop", "pad", "squash"])
+def test_a_large_jpeg_is_shown_upright_to_the_pixel(cat, orientation, rule):
+    """Sides that no scale divides: what lies beyond the picture's edge must be left out on the side it is shown on."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(cat.resize((1003, 747)), "JPEG", quality=95, exif=exif)
+    small = spec((40, 24), 3, rule)
+    apart = np.abs(read_input(data, small).astype(int) - fully(data, small))
+    assert apart.mean() < 0.5
+
+
+@pytest.mark.parametrize("size", [(1152, 896), (127, 127), (128, 128), (5000, 40)])
+def test_no_jpeg_is_decoded_below_what_the_input_needs(monkeypatch, cat, size):
+    seen = []
+    resize = Image.Image.resize
+
+    def look(self, *arguments, **named):
+        seen.append(self.size)
+        return resize(self, *arguments, **named)
+
+    data = encode(cat.resize(size), "JPEG")
+    monkeypatch.setattr(Image.Image, "resize", look)
+    read_input(data, spec((32, 32)))
+    ((width, height),) = seen
+    scale = size[0] / width
+    assert min(width, height) >= images.MARGIN * 32 or scale == 1
+    assert (scale > 1.5) == (min(size) >= 2 * images.MARGIN * 32)
+
+
+def test_other_formats_and_small_jpegs_are_decoded_in_full(cat):
+    for kind, size in (("PNG", (1152, 896)), ("WEBP", (1152, 896)), ("JPEG", (127, 127))):
+        data = encode(cat.resize(size), kind)
+        assert np.array_equal(read_input(data, spec((32, 32))), fully(data, spec((32, 32))))
+
+
+def test_the_same_bytes_give_the_same_pixels(cat):
+    data = encode(cat.resize((1152, 896)), "JPEG")
+    first = read_input(data, spec((32, 32)))
+    assert all(np.array_equal(first, read_input(data, spec((32, 32)))) for _ in range(3))
+
+
+def test_only_the_header_is_read_before_the_limit_is_checked(cat):
+    whole = encode(cat)
+    image = open_image(whole[: len(whole) // 2])
+    assert image.size == (451, 300)
+    with pytest.raises(ImageError, match="damaged"):
+        images.input_of(image, spec())

@@ -5,6 +5,7 @@ import pytest
 
 from app.main import create_app
 from app.repository import Repository
+from app.schemas import Runtime
 from app.settings import Settings
 from model.contract import ModelCard
 
@@ -20,11 +21,20 @@ def test_the_loaded_models(serve, colour_model):
     ]
 
 
+def test_no_loaded_model_is_the_default_while_the_one_that_is_set_is_unloaded(serve, colour_model):
+    repository = Repository([colour_model(name="a"), colour_model(name="b")], "a")
+    repository.replace("a", [])
+    with serve(create_app(Settings(), repository)) as client:
+        assert [(model["name"], model["default"]) for model in client.get("/models").json()["models"]] == [("b", False)]
+        assert client.get("/model").status_code == 404
+        assert client.get("/model?model=b").status_code == client.get("/readyz").status_code == 200
+
+
 def test_one_model_is_its_card_and_its_runtime(digits):
     described = digits.get("/model?model=digits").json()
     runtime = described.pop("runtime")
     assert ModelCard.model_validate(described).name == "digits"
-    assert list(runtime) == ["provider", "requested_provider", "fallback", "onnxruntime", "threads"]
+    assert list(runtime) == list(Runtime.model_fields)
     assert runtime["requested_provider"] == "auto"
     assert (runtime["fallback"] is None) == (runtime["provider"] == "cuda")
     assert runtime["threads"] >= 1

@@ -1,19 +1,26 @@
 """POST /predict: the answer's form and its laws, with a hand-computed network and with the bundled one."""
 
 import io
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
+from app.batcher import Batcher
 from app.main import create_app
 from app.repository import Repository
+from app.schemas import Answer, Problem
 from app.session import Session
 from app.settings import Settings
+from model.contract import BRANCH_LOGITS, LAYER_ATTENTION, LOGITS
 from model.images import read_input
 
 EXPORTS = Path(__file__).parents[3] / "exports"
@@ -139,14 +146,14 @@ def test_a_model_is_chosen_by_name_and_version(serve, colour_model):
             assert (model["name"], model["version"]) == expected
 
 
-def test_the_server_answers_while_the_network_runs(serve, colour_model):
+def test_the_server_answers_while_the_network_runs(serve, colour_model, colour_network):
     running, gate = threading.Event(), threading.Event()
 
     class SlowNetwork:
-        def run(self, images):
+        def run(self, images, names):
             running.set()
             assert gate.wait(30)
-            return colour_model().inference._network.run(images)
+            return colour_network.run(images, names)
 
     with (
         serve(create_app(Settings(), Repository([colour_model(SlowNetwork())]))) as client,
@@ -171,12 +178,10 @@ def test_concurrent_answers_are_not_mixed(colours):
     assert answers == [(f"id-{level}", pytest.approx(3 * level / 255, rel=1e-5)) for level in levels]
 
 
-def test_numbers_that_are_not_finite_are_a_failure_not_an_answer(serve, colour_model):
+def test_numbers_that_are_not_finite_are_a_failure_not_an_answer(serve, colour_model, colour_network):
     class OverflowingNetwork:
-        def run(self, images):
-            outputs = colour_model().inference._network.run(images)
-            outputs.logits[:] = np.inf
-            return outputs
+        def run(self, images, names):
+            return colour_network.run(images, names) | {LOGITS: np.full((len(images), 3), np.inf, np.float32)}
 
     with serve(create_app(Settings(), Repository([colour_model(OverflowingNetwork())]))) as client:
         assert code(client.post("/predict", content=solid("red"))) == (500, "inference_failed")
@@ -308,14 +313,15 @@ def test_the_answer_is_the_networks(digits, photos, name):
     """Against the bare session and plain numpy: contributions sum to the fused logit, confidence is its softmax."""
     session = Session(EXPORTS / "digits" / digits.get("/model").json()["version"], Settings(provider="cpu"))
     card = session.card
-    outputs = session.run(read_input(photos / name, card.input)[None])
+    outputs = session.run(read_input(photos / name, card.input)[None], [LOGITS, BRANCH_LOGITS])
+    logits, branch_logits = outputs[LOGITS][0], outputs[BRANCH_LOGITS][0]
     answer = digits.post("/predict?top_k=1000", files={"image": (photos / name).read_bytes()}).json()
-    best = int(outputs.logits[0].argmax())
+    best = int(logits.argmax())
     assert answer["prediction"]["index"] == best
     contributions = [stage["contribution"] for stage in answer["stages"]]
-    assert contributions == pytest.approx(np.asarray(card.branch_weights)[:, best] * outputs.branch_logits[0, :, best])
-    assert sum(contributions) == pytest.approx(outputs.logits[0, best], rel=1e-4, abs=1e-4)
-    scaled = np.exp(outputs.logits[0].astype(float) / card.temperature)
+    assert contributions == pytest.approx(np.asarray(card.branch_weights)[:, best] * branch_logits[:, best])
+    assert sum(contributions) == pytest.approx(logits[best], rel=1e-4, abs=1e-4)
+    scaled = np.exp(logits.astype(float) / card.temperature)
     confidences = [entry["confidence"] for entry in sorted(answer["top_k"], key=lambda entry: entry["index"])]
     assert confidences == pytest.approx(scaled / scaled.sum(), rel=1e-4)
 
@@ -339,9 +345,215 @@ def test_layer_attention_of_an_artefact(serve, artefact, photos, add_layer_atten
     with serve(create_app(Settings(exports=artefact.parents[1]))) as client:
         for name in ("camera.png", "horse.png"):
             answer = client.post("/predict?layers=true", content=(photos / name).read_bytes()).json()["layer_attention"]
-            (expected,) = session.run(read_input(photos / name, session.card.input)[None]).layer_attention
+            pixels = read_input(photos / name, session.card.input)[None]
+            (expected,) = session.run(pixels, [LAYER_ATTENTION])[LAYER_ATTENTION]
             for told, row, values in zip(answer, rows, expected, strict=True):
                 assert [source["name"] for source in told["sources"]] == list(row.sources)
                 weights = [source["weight"] for source in told["sources"]]
                 assert weights == pytest.approx(values[: len(weights)], abs=1e-4)
                 assert sum(weights) == pytest.approx(1) or row.kind == "gate"
+
+
+# What is sent is what the document promises
+
+
+@pytest.mark.parametrize("query", ["", "?top_k=1", "?layers=true&top_k=2"])
+def test_answers_are_those_of_the_schema(layered, query):
+    answer = layered.post(f"/predict{query}", content=solid("red"))
+    read = TypeAdapter(Answer).validate_json(answer.content, strict=True)
+    assert read["request_id"] == answer.headers["X-Request-ID"]
+    assert TypeAdapter(Answer).dump_python(read) == answer.json()  # nothing was sent that the schema lacks
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_the_answers_of_a_batch_are_those_of_the_schema(layered):
+    results = post_batch(layered, solid("red"), b"no image").json()["results"]
+    TypeAdapter(Answer).validate_python(results[0])
+    Problem.model_validate(results[1])
+    document = layered.get("/openapi.json").json()
+    schema = document["paths"]["/predict/batch"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/BatchAnswer"}
+
+
+# Several images
+
+
+def post_batch(client, *contents, query="", **options):
+    files = [("images", (f"{index}.png", content)) for index, content in enumerate(contents)]
+    return client.post(f"/predict/batch{query}", files=files, **options)
+
+
+def test_a_batch_equals_its_singles_in_order(digits, photos):
+    contents = [(photos / name).read_bytes() for name in PHOTOS]
+    results = post_batch(digits, *contents, query="?top_k=2").json()["results"]
+    for content, result in zip(contents, results, strict=True):
+        single = digits.post("/predict?top_k=2", content=content).json()
+        assert result["model"] == single["model"]
+        assert result["prediction"]["label"] == single["prediction"]["label"]
+        for stage, other in zip(result["stages"], single["stages"], strict=True):
+            assert [entry["label"] for entry in stage["top_k"]] == [entry["label"] for entry in other["top_k"]]
+            assert stage["contribution"] == pytest.approx(other["contribution"], rel=1e-3, abs=1e-3)
+
+
+def test_a_bad_image_fails_alone(colours):
+    """Of 100,000 bytes and 1,000,000 pixels allowed."""
+    huge = encoded(Image.new("1", (1001, 1000)))
+    contents = [solid("red"), b"no image", solid("lime"), b"", solid("blue").ljust(100_001, b"\0"), huge, solid("blue")]
+    answer = post_batch(colours, *contents, headers={"X-Request-ID": "mine"})
+    assert answer.status_code == 200
+    results = answer.json()["results"]
+    assert [result.get("code") or result["prediction"]["label"] for result in results] == [
+        "red", "invalid_image", "green", "empty_image", "too_many_bytes", "too_many_pixels", "blue",
+    ]  # fmt: skip
+    assert [result.get("status") for result in results] == [None, 400, None, 400, 413, 413, None]
+    assert {result["request_id"] for result in results} == {"mine"}
+
+
+def test_a_batch_of_bad_images_alone(colours):
+    results = post_batch(colours, b"no image", b"neither").json()["results"]
+    assert [result["code"] for result in results] == ["invalid_image"] * 2
+
+
+def test_one_image_whose_numbers_are_not_finite_fails_alone(serve, colour_model, colour_network):
+    class DividesByGreen:
+        def run(self, images, names):
+            outputs = colour_network.run(images, names)
+            outputs[LOGITS] = outputs[LOGITS].copy()
+            outputs[LOGITS][images[:, 0, 0, 1] == 255] = np.nan
+            return outputs
+
+    with serve(create_app(Settings(), Repository([colour_model(DividesByGreen())]))) as client:
+        results = post_batch(client, solid("red"), solid("lime"), solid("blue")).json()["results"]
+    assert [result.get("code") for result in results] == [None, "inference_failed", None]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([("image", b"x")], (422, "invalid_form")),
+        ([("images", b"x"), ("other", b"x")], (422, "invalid_form")),
+        ([("images", (None, "text"))], (422, "invalid_form")),
+    ],
+)
+def test_a_form_without_images_alone_is_refused(colours, files, expected):
+    assert code(colours.post("/predict/batch", files=files)) == expected
+
+
+def test_a_batch_is_a_form(colours):
+    assert code(colours.post("/predict/batch", content=solid("red"))) == (415, "unsupported_media_type")
+    assert code(post_batch(colours, solid("red"), query="?topk=1")) == (422, "unknown_parameter")
+
+
+def test_a_batch_is_bounded_in_bytes_and_images(serve, colour_model):
+    settings = Settings(max_batch_bytes=100_000, max_queue=10)
+    with serve(create_app(settings, Repository([colour_model()]))) as client:
+        assert post_batch(client, *[solid("red")] * 10).status_code == 200
+        assert code(post_batch(client, *[solid("red")] * 11)) == (400, "invalid_multipart")
+        answer = post_batch(client, *[solid("red").ljust(60_000, b"\0")] * 3)
+        assert code(answer) == (413, "too_many_bytes")
+        assert "INTERFLOW_MAX_BATCH_BYTES" in answer.json()["detail"]
+
+
+# Under load
+
+
+class GatedNetwork:
+    """Stands at a gate, and counts what it ran."""
+
+    def __init__(self, network):
+        self.network, self.gate, self.entered, self.ran = network, threading.Event(), threading.Semaphore(0), 0
+
+    def run(self, images, names):
+        self.entered.release()
+        assert self.gate.wait(30)
+        self.ran += len(images)
+        return self.network.run(images, names)
+
+
+@pytest.fixture
+def gated(serve, colour_model, colour_network):
+    """A gated network, its batcher with room for 2 that wait, and a client of its server."""
+    network = GatedNetwork(colour_network)
+    batcher = Batcher(network, max_queue=2)
+    model = replace(colour_model(), inference=batcher)
+    with serve(create_app(Settings(timeout_ms=0), Repository([model]))) as client:
+        yield network, batcher, client
+        network.gate.set()
+
+
+def wait_until(condition):
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never became so")
+
+
+def test_a_full_queue_is_429_with_retry_after(gated):
+    network, batcher, client = gated
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(client.post, "/predict", content=solid("red"))
+        assert network.entered.acquire(timeout=30)
+        waiting = [pool.submit(client.post, "/predict", content=solid("lime")) for _ in range(2)]
+        wait_until(lambda: batcher.queued == 2)
+        for refused in (
+            client.post("/predict", content=solid("red")),
+            client.post("/predict", content=b"no image"),  # not even looked at
+            post_batch(client, b"no image"),
+        ):
+            assert code(refused) == (429, "queue_full")
+            assert int(refused.headers["Retry-After"]) >= 1
+        network.gate.set()
+        assert [task.result().status_code for task in (running, *waiting)] == [200] * 3
+    assert network.ran == 3
+    assert client.post("/predict", content=solid("red")).status_code == 200
+
+
+def test_a_deadline_that_passes_is_504_and_costs_no_inference(gated):
+    network, batcher, client = gated
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(client.post, "/predict", content=solid("red"))
+        assert network.entered.acquire(timeout=30)
+        for post in (lambda **options: client.post("/predict", content=solid("red"), **options),
+                     lambda **options: post_batch(client, solid("red"), b"no image", **options)):  # fmt: skip
+            assert code(post(headers={"X-Request-Timeout-Ms": "20"})) == (504, "deadline_passed")
+            assert batcher.queued == 0
+        network.gate.set()
+        assert running.result().status_code == 200
+    assert network.ran == 1
+
+
+def test_the_servers_deadline_holds_where_a_request_allows_more(serve, colour_model, colour_network):
+    network = GatedNetwork(colour_network)
+    with serve(create_app(Settings(timeout_ms=20), Repository([colour_model(network)]))) as client:
+        for headers in ({}, {"X-Request-Timeout-Ms": "60000"}):
+            assert code(client.post("/predict", content=solid("red"), headers=headers)) == (504, "deadline_passed")
+        network.gate.set()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "1e3", "9" * 10, "\xb2"])
+def test_a_timeout_that_is_none_is_refused(colours, value):
+    headers = {"X-Request-Timeout-Ms": value.encode("latin-1")}
+    assert code(colours.post("/predict", content=solid("red"), headers=headers)) == (422, "invalid_header")
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_who_hangs_up_leaves_the_queue_and_is_never_run(gated, logs, batch):
+    network, batcher, client = gated
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(client.post, "/predict", content=solid("red"))
+        assert network.entered.acquire(timeout=30)
+        request = client.build_request("POST", "/predict", content=solid("lime"))
+        if batch:
+            request = client.build_request("POST", "/predict/batch", files=[("images", solid("lime"))])
+        head = f"POST {request.url.path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in request.headers.items())
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as connection:
+            connection.sendall(head.encode() + b"\r\n" + request.read())
+            wait_until(lambda: batcher.queued == 1)
+        wait_until(lambda: batcher.queued == 0)
+        network.gate.set()
+        assert running.result().status_code == 200
+    assert client.post("/predict", content=solid("red")).status_code == 200
+    assert network.ran == 2
+    assert [record for record in logs.records if record.levelname == "ERROR"] == []

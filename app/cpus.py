@@ -1,0 +1,39 @@
+"""How many CPUs there are for this process: what a container grants, not what the machine has."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+PROC, SYS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def usable_cpus(processes: int = 1) -> int:
+    """CPUs for each of so many processes, by affinity and by the quota of the control group (v1 or v2); at least 1."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cpus, *(ceil(quota) for quota in _quotas())]) // processes)
+
+
+def _quotas() -> Iterator[float]:
+    """The CPU quota of this process' control group and of every group around it, where there is one."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version_1 = "cpu" in controllers.split(",")
+            if version_1 or not controllers:
+                # a container sees the groups from inside: its own is the root, whatever the path says
+                group = SYS / ("cpu" if version_1 else "") / path.strip("/")
+                for folder in (group, *group.parents):
+                    if folder.is_relative_to(SYS):
+                        yield from _quota(folder, version_1)
+
+
+def _quota(folder: Path, version_1: bool) -> Iterator[float]:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit here
+        if version_1:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+        if int(quota) > 0:
+            yield int(quota) / int(period)

@@ -1,0 +1,97 @@
+"""Threads that decode images, a bounded number at a time with a bounded number waiting."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, TypeVarTuple, Unpack
+
+import numpy as np
+
+from app.errors import DeadlineError, QueueFullError
+from model.contract import InputSpec
+from model.images import input_of, open_image, read_input
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+INLINE_BYTES, INLINE_PIXELS = 16 * 1024, 128 * 128
+"""Up to these an image is decoded where it is: in less than half a millisecond, and handing it over would cost more."""
+
+
+class Decoders:
+    """A pool of decoding threads.
+
+    Args:
+        workers: images decoded at a time.
+        max_queue: images that may wait for that.
+        max_pixels: allowed in one image.
+    """
+
+    def __init__(self, workers: int, max_queue: int, max_pixels: int) -> None:
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._workers = workers
+        self._max_queue = max_queue
+        self._inside = 0
+        self._max_pixels = max_pixels
+
+    async def decode(
+        self, source: bytes, spec: InputSpec, deadline: float | None = None, *, inline: bool = True
+    ) -> np.ndarray:
+        """An encoded image as uint8 (height, width, channels).
+
+        Args:
+            source: the image's bytes.
+            spec: the network's input.
+            deadline: moment of `time.perf_counter`; an image that still waits then is never decoded.
+            inline: decode it here in the event loop where it is tiny.
+
+        Raises:
+            ImageError, ImageTooLargeError: as `model.images.read_input`.
+            DeadlineError: as its name says.
+        """
+        if inline and len(source) <= INLINE_BYTES:
+            image = open_image(source, self._max_pixels)
+            if image.width * image.height <= INLINE_PIXELS:
+                return input_of(image, spec)
+        return await self.run(read_input, source, spec, self._max_pixels, deadline=deadline)
+
+    async def run(
+        self,
+        function: Callable[[Unpack[Arguments]], Result],
+        *arguments: *Arguments,
+        deadline: float | None = None,
+    ) -> Result:
+        """Call a function in the pool; where it still waits at the deadline, it is never called.
+
+        Raises:
+            DeadlineError: it did not end in time.
+        """
+        left_s = None if deadline is None else deadline - time.perf_counter()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineError
+        self._inside += 1
+        try:
+            async with asyncio.timeout(left_s):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        except TimeoutError as error:
+            raise DeadlineError from error
+        finally:
+            self._inside -= 1
+
+    def require_room(self, images: int = 1) -> None:
+        """To be asked before so many are decoded; a batch larger than the queue is taken when nothing waits.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+        waiting = max(0, self._inside - self._workers)
+        if waiting and waiting + images > self._max_queue:
+            raise QueueFullError(
+                f"{waiting} images wait to be decoded, which with these {images} were more than the {self._max_queue} "
+                "that may. Come again in a second, or raise INTERFLOW_MAX_QUEUE."
+            )
+
+    def close(self) -> None:
+        """Finish what was accepted and free the threads; blocks."""
+        self._pool.shutdown()

@@ -1,0 +1,44 @@
+"""Work that is for a client who may hang up."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+WATCH_AFTER_S = 0.05
+"""Shorter work is not watched, which would cost more than it saves."""
+
+Result = TypeVar("Result")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do some work, but cancel it where the client hangs up before it is done, so that it leaves every queue.
+
+    Args:
+        request: its body read to the end.
+        work: what it waits for.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    loop = asyncio.get_running_loop()
+    scope = asyncio.timeout(None)  # its cancelling is told from that of others
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.reschedule(loop.time())
+
+    watching: list[asyncio.Task[None]] = []
+    timer = loop.call_later(WATCH_AFTER_S, lambda: watching.append(loop.create_task(watch())))
+    try:
+        async with scope:
+            return await work
+    except TimeoutError as error:
+        raise ClientDisconnect from error
+    finally:
+        timer.cancel()
+        for task in watching:
+            task.cancel()

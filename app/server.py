@@ -1,0 +1,182 @@
+"""One serving process: uvicorn with our end (draining), and with limits on clients that are slow to say what they want.
+
+The end, on SIGTERM or SIGINT: /readyz answers 503 and every answer closes its connection, while new connections are
+still taken for INTERFLOW_DRAIN_S; then the listener closes, what was accepted is answered, and the process is done. A
+second signal ends it at once.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.listener import BACKLOG, listen, url
+from app.main import create_app
+from app.repository import load_repository
+from app.settings import Settings
+
+GRACE_S = 8
+"""Time for accepted requests after the listener closed; `docker stop` kills after 10 seconds in all."""
+LAST_REQUESTS_S = (0.1, 1.0)
+"""What a kept connection, and one that was just taken, may still take to send a request after the listener closed."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers; httptools itself has no limit."""
+
+
+def serve(settings: Settings, listener: socket.socket, announce: Callable[[str], None]) -> None:
+    """Load the models, listen, say so, and serve until a signal.
+
+    Raises:
+        InterflowError: one sentence, before anything is served.
+    """
+    repository = load_repository(settings)
+    app = create_app(settings, repository)
+    listen(listener, settings)
+    address, model = url(listener), repository.default
+    greeting = (
+        f"serving {model.card.name} version {model.card.version} ({model.card.method.name}, "
+        f"{len(model.card.classes)} classes, {model.runtime.provider}) on {address}{settings.root_path}; "
+        f"documentation: {address}{settings.root_path}/docs"
+    )
+    gc.collect()
+    gc.freeze()  # what is loaded stays: walking all of it in every full collection took 5 % of the time
+    Server(app, settings, lambda: announce(greeting)).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, which drains before it ends and exits with 0.
+
+    Args:
+        app: to serve.
+        settings: how long clients may take, and draining.
+        announce: called once requests are answered, and a signal drains rather than kills.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, announce: Callable[[], None] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                log_config=None,
+                log_level=settings.log_level,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=settings.keep_alive_s,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._app = app
+        self._settings = settings
+        self._announce = announce
+        self._drained_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to answer, and say so."""
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: end at once, as one that was killed by it."""
+        if self._drained_at is not None:
+            os._exit(128 + sig)
+        self._app.state.draining = True
+        self._drained_at = time.monotonic() + self._settings.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; true ends the serving."""
+        if counter % 10 == 0:
+            self._close_the_slow()
+        return await super().on_tick(counter) or (self._drained_at is not None and time.monotonic() >= self._drained_at)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener, let requests that are on their way come in, and answer what came."""
+        waiting = [connection for listener in sockets or [] for connection in _taken(listener)]
+        for server in self.servers:
+            server.close()
+        for connection in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        kept_s, taken_s = LAST_REQUESTS_S
+        closed = time.monotonic()
+        await asyncio.sleep(kept_s)
+        while time.monotonic() - closed < taken_s and any(one.cycle is None for one in self._connections()):
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+    def _connections(self) -> list["Protocol"]:
+        return [one for one in self.server_state.connections if isinstance(one, Protocol)]
+
+    def _protocol(self) -> "Protocol":
+        return Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    def _close_the_slow(self) -> None:
+        idle_s = max(self._settings.keep_alive_s, self._settings.body_timeout_s)
+        for connection in self._connections():
+            connection.wake_after(self._settings.body_timeout_s)
+            if connection.is_overdue(self._settings.body_timeout_s, idle_s):
+                connection.transport.close()
+
+
+def _taken(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the kernel holds for us; uvloop takes one a turn, and closing would reset the rest."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield listener.accept()[0]
+
+
+class Protocol(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1, which also knows how long it waits for a request's head, and limits the head's size."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.access_log = False  # ours has the request's id, route and time
+        self._waits_since = time.monotonic()
+        self._head_bytes: int | None = None
+        """Of a head that has begun and is not whole."""
+
+    def is_overdue(self, head_s: float, idle_s: float) -> bool:
+        """No request is being handled, and none has come for longer than it may take."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        return time.monotonic() - self._waits_since > (idle_s if self._head_bytes is None else head_s)
+
+    def wake_after(self, body_s: float) -> None:
+        """Hand an empty piece to a request that waits for its body for longer, so that it can give up."""
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and time.monotonic() - self._waits_since > body_s:
+            cycle.message_event.set()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a head came."""
+        self._head_bytes = 0
+        self._waits_since = time.monotonic()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """A head is whole."""
+        self._head_bytes = None
+        self._waits_since = time.monotonic()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is out; the rest of a body that nobody read keeps the connection no longer than silence does."""
+        self._waits_since = time.monotonic()
+        super().on_response_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        super().data_received(data)
+        if self._head_bytes is not None and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The request's line and headers exceed {MAX_HEAD_BYTES} bytes.")

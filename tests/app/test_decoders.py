@@ -1,0 +1,127 @@
+"""Images are decoded a bounded number at a time, tiny ones at once; who is late or gone is not decoded at all."""
+
+import asyncio
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app import decoders as module
+from app.decoders import Decoders
+from app.errors import DeadlineError, QueueFullError
+from model.contract import InputSpec
+from model.images import ImageTooLargeError, read_input
+
+SPEC = InputSpec(height=8, width=8, channels=3, mean=(0,) * 3, std=(1,) * 3, resize="crop")
+
+
+def png(side):
+    with io.BytesIO() as file:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+
+@pytest.fixture
+def decoders():
+    made = Decoders(workers=2, max_queue=3, max_pixels=1_000_000)
+    yield made
+    made.close()
+
+
+class Gate:
+    """Work that waits for the gate, and is counted."""
+
+    def __init__(self):
+        self.gate, self.began = threading.Event(), []
+
+    def work(self, value):
+        self.began.append(value)
+        assert self.gate.wait(30)
+        return value
+
+
+async def settle():
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("side", "inline", "threads"), [(20, True, "MainThread"), (20, False, "decode"), (300, True, "decode")]
+)
+def test_only_tiny_images_are_decoded_in_the_event_loop(decoders, monkeypatch, side, inline, threads):
+    """And all of them to the same pixels."""
+    content = png(side)
+    expected = read_input(content, SPEC)
+    ran = []
+    load = Image.Image.load
+
+    def look(self):
+        ran.append(threading.current_thread().name)
+        return load(self)
+
+    monkeypatch.setattr(Image.Image, "load", look)
+    pixels = asyncio.run(decoders.decode(content, SPEC, inline=inline))
+    assert {name.partition("_")[0] for name in ran} == {threads}
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_small_file_of_many_pixels_is_not_tiny(decoders, monkeypatch):
+    with io.BytesIO() as file:
+        Image.new("1", (900, 900)).save(file, "PNG")
+        content = file.getvalue()
+    assert len(content) < module.INLINE_BYTES
+    monkeypatch.setattr(module, "input_of", None)  # decoding here would fail
+    assert asyncio.run(decoders.decode(content, SPEC)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_pixel_limit_holds_wherever_it_is_decoded(inline):
+    decoders = Decoders(1, 1, max_pixels=100)
+    with pytest.raises(ImageTooLargeError):
+        asyncio.run(decoders.decode(png(20), SPEC, inline=inline))
+    decoders.close()
+
+
+def test_no_more_at_a_time_than_workers_and_no_more_waiting_than_may(decoders):
+    gate = Gate()
+
+    async def scenario():
+        tasks = [asyncio.create_task(decoders.run(gate.work, value)) for value in range(2)]
+        await settle()
+        decoders.require_room(100)  # nothing waits
+        tasks += [asyncio.create_task(decoders.run(gate.work, value)) for value in (2, 3)]
+        await settle()
+        decoders.require_room(1)
+        with pytest.raises(QueueFullError, match="2 images wait to be decoded"):
+            decoders.require_room(2)
+        assert sorted(gate.began) == [0, 1]
+        gate.gate.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 2, 3]
+        decoders.require_room(100)
+
+    asyncio.run(scenario())
+
+
+def test_who_is_late_or_cancelled_is_never_decoded(decoders):
+    gate = Gate()
+
+    async def scenario():
+        tasks = [asyncio.create_task(decoders.run(gate.work, value)) for value in range(2)]
+        await settle()
+        cancelled = asyncio.create_task(decoders.run(gate.work, "cancelled"))
+        late = decoders.run(gate.work, "late", deadline=time.perf_counter() + 0.01)
+        with pytest.raises(DeadlineError):  # while both workers still stand at the gate
+            await late
+        cancelled.cancel()
+        await settle()
+        gate.gate.set()
+        await asyncio.gather(*tasks)
+        with pytest.raises(DeadlineError):
+            await decoders.run(gate.work, "past", deadline=time.perf_counter())
+
+    asyncio.run(scenario())
+    decoders.close()
+    assert sorted(gate.began) == [0, 1]
