@@ -15,6 +15,8 @@ from training.files import replacing
 
 FOLDER = ".decoded"
 """Below a recipe's `data_dir`. It can be deleted at any time."""
+DECODING = 1
+"""Raised with every change of `model/images.py` that gives other pixels."""
 
 
 class Decoded(NamedTuple):
@@ -36,7 +38,7 @@ class DecodedCache:
 
     def __init__(self, data_dir: Path, root: Path, paths: Sequence[Path], spec: InputSpec) -> None:
         form = spec.model_dump(mode="json", exclude={"mean", "std"})
-        name = json.dumps([str(root.resolve()), form], sort_keys=True)
+        name = json.dumps([DECODING, str(root.resolve()), form], sort_keys=True)
         self.path = data_dir / FOLDER / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
         self._root, self._paths = root, paths
 

@@ -7,10 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from training import folders
-from training.cache import FOLDER
+from training import cache, folders
 from training.data import load_data
 from training.recipe import Recipe
+
+FOLDER = ".decoded"
+
+
+@pytest.fixture(autouse=True)
+def _in_its_place(_decoded_images_elsewhere, monkeypatch):
+    monkeypatch.setattr(cache, "FOLDER", FOLDER)
 
 
 @pytest.fixture
@@ -83,6 +89,14 @@ def test_any_change_is_noticed_and_replaces_what_was_kept(root, monkeypatch, cha
     assert len(kept(root)) == 1
     load(root)
     assert len(decoded) == 40
+
+
+def test_another_way_to_decode_is_not_this_one(root, monkeypatch):
+    load(root)
+    monkeypatch.setattr(cache, "DECODING", 0)
+    decoded = decoding(monkeypatch)
+    load(root)
+    assert len(decoded) == 20
 
 
 def test_other_sizes_and_folders_are_kept_beside(root, monkeypatch):
