@@ -46,7 +46,10 @@ def test_the_answer_shown_has_the_fields_that_are_served():
     (shown,) = re.findall(r"^```json\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     answer = TypeAdapter(Answer).validate_json(shown)
     assert set(json.loads(shown)) == set(answer)
-    assert answer["prediction"]["label"] == "7"
+    card = json.loads((ROOT / "exports" / "cifar10" / "1" / "model.json").read_text())
+    assert answer["model"]["sha256"] == card["provenance"]["weights_sha256"]
+    assert answer["prediction"]["label"] == "cat"
+    assert f"{sum(stage['contribution'] for stage in answer['stages']):.3f}" in README
 
 
 def test_every_training_command_shown_is_one_that_train_takes():
@@ -91,8 +94,8 @@ def test_every_command_runs_as_it_stands(fresh):
     finally:
         shell.stop_server()
     answers = [json.loads(text) for text in shell.outputs if text.startswith('{"request_id"')]
-    assert [answer["prediction"]["label"] for answer in answers] == ["7", "7"]
-    assert [answer["model"]["version"] for answer in answers] == ["1", "2"]  # bundled, then trained anew
+    found = [(answer["prediction"]["label"], answer["model"]["name"], answer["model"]["version"]) for answer in answers]
+    assert found == [("cat", "cifar10", "1"), ("7", "digits", "2")]  # bundled, then trained anew
     trained = json.loads((fresh / "exports" / "digits" / "2" / "model.json").read_text())
     assert trained["metrics"]["accuracy"] >= 0.97
 
