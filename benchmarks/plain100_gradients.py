@@ -66,7 +66,8 @@ def study(method: str, images: Tensor, labels: Tensor, *, layers: int, width: fl
         if step in (0, steps):
             norms.append(_gradient_norms(network))
         optimizer.step()
-    return Study(*norms, losses)
+    before, after = norms
+    return Study(before, after, losses)
 
 
 def _gradient_norms(network: Interflow) -> list[float]:

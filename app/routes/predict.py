@@ -77,11 +77,11 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     """
     deadline = deadline_of(request)
     model = _model(request, query)
+    decoders: Decoders = request.app.state.decoders
+    decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
+    model.inference.require_room()
     source = await read_image(request, request.app.state.settings.max_bytes)
     received = time.perf_counter()
-    decoders: Decoders = request.app.state.decoders
-    decoders.require_room()
-    model.inference.require_room()
 
     async def ask() -> tuple[float, Inferred]:
         pixels = await decoders.decode(source, model.card.input, deadline)

@@ -499,6 +499,7 @@ def test_a_full_queue_is_429_with_retry_after(gated):
         for refused in (
             client.post("/predict", content=solid("red")),
             client.post("/predict", content=b"no image"),  # not even looked at
+            client.post("/predict", content=b"{}", headers={"Content-Type": "application/json"}),
             post_batch(client, b"no image"),
         ):
             assert code(refused) == (429, "queue_full")
