@@ -47,7 +47,7 @@ def test_the_answer_shown_has_the_fields_that_are_served():
     answer = TypeAdapter(Answer).validate_json(shown)
     assert set(json.loads(shown)) == set(answer)
     card = json.loads((ROOT / "exports" / "cifar10" / "1" / "model.json").read_text())
-    assert answer["model"]["sha256"] == card["provenance"]["weights_sha256"]
+    assert answer["model"].sha256 == card["provenance"]["weights_sha256"]
     assert answer["prediction"]["label"] == "cat"
     assert f"{sum(stage['contribution'] for stage in answer['stages']):.3f}" in README
 
