@@ -7,7 +7,7 @@ import torch
 from app.session import Session
 from app.settings import Settings
 from model.catalogue import BACKBONES
-from model.contract import BackboneInfo, LayerAttentionInfo, ModelCard, StageInfo
+from model.contract import LAYER_ATTENTION, LOGITS, BackboneInfo, LayerAttentionInfo, ModelCard, StageInfo
 from model.images import read_input
 from model.interflow import Normalize
 from model.registry import create_model
@@ -67,9 +67,8 @@ def test_every_network_is_exported_with_all_checks(name, exported, photographs, 
     rebuilt.load_state_dict(network.state_dict())
 
     folder = artefact.write_artefact(tmp_path, card, model)
-    served = Session(folder, Settings(provider="cpu", threads=1)).run(samples[:2])
-    np.testing.assert_allclose(served.logits, output.logits, atol=1e-4 * max(1, float(output.logits.abs().max())))
+    served = Session(folder, Settings(provider="cpu", threads=1)).run(samples[:2], list(card.outputs))
+    np.testing.assert_allclose(served[LOGITS], output.logits, atol=1e-4 * max(1, float(output.logits.abs().max())))
+    assert (LAYER_ATTENTION in served) == bool(output.layer_attention)
     if output.layer_attention:
-        np.testing.assert_allclose(served.layer_attention, output.stacked_layer_attention(), atol=1e-4)
-    else:
-        assert served.layer_attention is None
+        np.testing.assert_allclose(served[LAYER_ATTENTION], output.stacked_layer_attention(), atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.contract import InterflowError, ModelCard
-from training import loop
+from training import step as step_module
 from training.data import input_spec, load_data
 from training.export import main as export
 from training.recipe import load_recipe, resolve_recipe
@@ -102,7 +102,7 @@ def test_stopped_it_goes_on_without_the_file_and_ends_as_if_unbroken(settings, w
     unbroken = tmp_path / "unbroken"
     assert main([*arguments, "--out", str(unbroken)]) == 0
 
-    whole, steps = loop._Training._train_step, 0
+    whole, steps = step_module.Step.take, 0
 
     def interrupted(self, *where):
         nonlocal steps
@@ -111,7 +111,7 @@ def test_stopped_it_goes_on_without_the_file_and_ends_as_if_unbroken(settings, w
         if steps == 25:  # in the second epoch, which has 21
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop._Training, "_train_step", interrupted)
+    monkeypatch.setattr(step_module.Step, "take", interrupted)
     broken = tmp_path / "broken"
     assert main([*arguments, "--out", str(broken)]) == 130
     file.unlink()
@@ -131,7 +131,7 @@ def test_killed_before_its_first_checkpoint_it_begins_with_the_file_again(weight
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Training, "_train_step", killed)
+        patch.setattr(step_module.Step, "take", killed)
         with pytest.raises(KilledError):
             main([*LIBRARY, "--init", str(weights), "--freeze", "backbone", "--out", str(folder)])
     assert not (folder / "checkpoint.safetensors").exists()

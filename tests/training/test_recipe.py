@@ -91,5 +91,5 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
     file.write_text(content)
     with pytest.raises(InterflowError, match="recipe"):
         resolve_recipe(str(file), {})
-    with pytest.raises(InterflowError, match="not one of digits, paper"):
+    with pytest.raises(InterflowError, match="not one of digits, fast, paper"):
         resolve_recipe("papre", {})
