@@ -131,8 +131,8 @@ def _decode(
     kept = torch.cat(images) if keep else FolderImages([paths[i] for i in good], spec)
     kept_labels = torch.tensor(labels)[good]
     digest.update(kept_labels.numpy().tobytes())
-    if cache and not damaged:
-        cache.save(Decoded(torch.cat(images), digest.hexdigest()))
+    if cache and isinstance(kept, torch.Tensor) and not damaged:
+        cache.save(Decoded(kept, digest.hexdigest()))
     return Split(kept, kept_labels), digest.hexdigest(), len(damaged)
 
 

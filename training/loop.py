@@ -58,7 +58,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> None:
-    """Train to the recipe's last epoch, from the run's checkpoint where there is one; saves after every epoch.
+    """Train to the recipe's last epoch, from the run's checkpoint where there is one; saves as it goes.
 
     Order, augmentation and rate of each step depend on the seed and the step's number only, so a run that was killed
     and resumed ends, on the CPU, with the same bytes as one that was not.
@@ -161,7 +161,7 @@ class Training:
                 for name, value in row.items():
                     writer.add_scalar(name, value, self.epoch)
                 writer.flush()
-                if self.epoch == self.recipe.epochs or self.stop or self._saving_is_due(SHARE_OF_SAVING):
+                if self.epoch == self.recipe.epochs or self.stop or self._saving_is_due():
                     self._save()
                 if not self.quiet:
                     print(self._describe(row))
@@ -264,9 +264,9 @@ class Training:
                 f"train again with a lower --lr (it was {self.recipe.lr:g}), or --precision float32."
             )
 
-    def _saving_is_due(self, share: float) -> bool:
-        """Whether saving now leaves at least `1 - share` of the time for training."""
-        return self.saving_takes <= share * (time.monotonic() - self.saved_at)
+    def _saving_is_due(self) -> bool:
+        """After an epoch: whether saving now, too, leaves most of the time for training."""
+        return self.saving_takes <= SHARE_OF_SAVING * (time.monotonic() - self.saved_at)
 
     def _save(self) -> None:
         if self.step:
