@@ -29,11 +29,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True)  # a number in quotes is none; what we do not know is ignored
 
 
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+"""The protocol's integers; JSON's may have thousands of digits."""
+
+
 class InputParameters(_Part):
     """Parameters of an input."""
 
     binary_data_size: Annotated[
-        int | None, Field(ge=0, description="bytes of the tensor after the JSON, in the place of `data`")
+        Size | None, Field(description="bytes of the tensor after the JSON, in the place of `data`")
     ] = None
     shared_memory_region: Annotated[str | None, Field(description="refused")] = None
 
@@ -42,7 +46,7 @@ class InputTensor(_Part):
     """One input: values in `data`, flat or nested, or else after the JSON."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: list[Size]
     datatype: str
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
@@ -78,7 +82,7 @@ class InferRequest(_Part):
     id: str | None = None
     parameters: RequestParameters = RequestParameters()
     inputs: list[InputTensor]
-    outputs: Annotated[list[RequestedOutput], Field(description="none: all")] = []
+    outputs: Annotated[list[RequestedOutput], Field(max_length=100, description="none: all")] = []
 
 
 class Wanted(NamedTuple):
@@ -246,9 +250,13 @@ def _limit_answer(outputs: Sequence[Wanted], images: int, card: ModelCard, setti
     """Refuse what would fill the memory, before anything is computed."""
     for limit, variable, counted in (
         (settings.max_tensor_bytes, "INTERFLOW_MAX_TENSOR_BYTES", outputs),
-        (settings.max_json_bytes, "INTERFLOW_MAX_JSON_BYTES", [output for output in outputs if not output.binary]),
+        (
+            settings.max_json_bytes,
+            "INTERFLOW_MAX_JSON_BYTES",
+            [output for output in outputs if output.classification or not output.binary],  # classes are texts
+        ),
     ):
-        size = sum(_tensor_bytes(card.outputs[output.name], images) for output in counted)
+        size = sum(_tensor_bytes(output, card, images) for output in counted)
         if size > limit:
             raise TooManyBytesError(
                 f"the answer's {'tensors' if counted is outputs else 'tensors in JSON'} would have {size} bytes; the "
@@ -256,8 +264,12 @@ def _limit_answer(outputs: Sequence[Wanted], images: int, card: ModelCard, setti
             )
 
 
-def _tensor_bytes(spec: TensorSpec, images: int) -> int:
-    return np.dtype(spec.dtype).itemsize * math.prod(images if size is None else size for size in spec.shape)
+def _tensor_bytes(output: Wanted, card: ModelCard, images: int) -> int:
+    spec = card.outputs[output.name]
+    values = math.prod(images if size is None else size for size in spec.shape)
+    if output.classification:
+        values = images * min(output.classification, len(card.classes))
+    return np.dtype(spec.dtype).itemsize * values
 
 
 def write_answer(card: ModelCard, ask: Ask, outputs: Outputs) -> tuple[bytes, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.listener import BACKLOG, listen, url
 from app.main import create_app
@@ -29,7 +29,7 @@ GRACE_S = 8
 LAST_REQUESTS_S = (0.1, 1.0)
 """What a kept connection, and one that was just taken, may still take to send a request after the listener closed."""
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request's line and headers; httptools itself has no limit."""
+"""Of a request's line and headers, of a chunk's extensions and of the trailers; httptools itself has no limit."""
 
 
 def serve(settings: Settings, listener: socket.socket, announce: Callable[[str], None]) -> None:
@@ -123,7 +123,7 @@ class Server(uvicorn.Server):
         for connection in self._connections():
             connection.wake_after(self._settings.body_timeout_s)
             if connection.is_overdue(self._settings.body_timeout_s, idle_s):
-                connection.transport.close()
+                connection.end()
 
 
 def _taken(listener: socket.socket) -> Iterator[socket.socket]:
@@ -135,20 +135,55 @@ def _taken(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 class Protocol(HttpToolsProtocol):
-    """Uvicorn's HTTP/1.1, which also knows how long it waits for a request's head, and limits the head's size."""
+    """Uvicorn's HTTP/1.1, which also knows how long it waits for its client, and limits what is no body."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.access_log = False  # ours has the request's id, route and time
         self._waits_since = time.monotonic()
-        self._head_bytes: int | None = None
-        """Of a head that has begun and is not whole."""
+        self._unread_since: float | None = None
+        """When an answer began to wait for its reader."""
+        self._answering: RequestResponseCycle | None = None
+        """The request whose turn it is; `cycle` is the last that came."""
+        self._in_head = False
+        self._framing_bytes = 0
+        """That came since the last whole head or piece of a body."""
 
     def is_overdue(self, head_s: float, idle_s: float) -> bool:
-        """No request is being handled, and none has come for longer than it may take."""
+        """No request is being handled, and none has come, or an answer was not read, for longer than it may take."""
+        if self._unread_since is not None:
+            return time.monotonic() - self._unread_since > idle_s
         if self.cycle is not None and not self.cycle.response_complete:
             return False
-        return time.monotonic() - self._waits_since > (idle_s if self._head_bytes is None else head_s)
+        return time.monotonic() - self._waits_since > (head_s if self._in_head else idle_s)
+
+    def end(self) -> None:
+        """Close the connection; one that would first send what nobody reads is cut off."""
+        if self._unread_since is not None or self.transport.is_closing():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or was cut off; uvicorn says so only to the last of the requests that came together."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More of an answer waits than the kernel takes."""
+        self._unread_since = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client has read nearly all of it."""
+        self._unread_since = None
+        super().resume_writing()
 
     def wake_after(self, body_s: float) -> None:
         """Hand an empty piece to a request that waits for its body for longer, so that it can give up."""
@@ -158,15 +193,26 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a head came."""
-        self._head_bytes = 0
+        self._in_head = True
         self._waits_since = time.monotonic()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
-        self._head_bytes = None
+        self._in_head = False
+        self._framing_bytes = 0
         self._waits_since = time.monotonic()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body came."""
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        self._framing_bytes = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """An answer is out; the rest of a body that nobody read keeps the connection no longer than silence does."""
@@ -175,8 +221,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
+        self._framing_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes is not None and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response(f"The request's line and headers exceed {MAX_HEAD_BYTES} bytes.")
+        if self._framing_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The request's line and headers, or its trailers, exceed {MAX_HEAD_BYTES} bytes.")

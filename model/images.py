@@ -4,13 +4,13 @@ Training, evaluation, export and the server call these functions and no others, 
 everywhere.
 """
 
+import contextlib
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from model.contract import InputSpec, InterflowError
 
@@ -20,6 +20,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 50_000_000
 MOST_PIXELS = 178_000_000
 """Pillow itself refuses an image of more."""
+MOST_SIDE = 65_535
+"""As in a JPEG. Resizing takes memory by the side, too: 1 x 49,000,000 pixels took 1.7 GB."""
+MOST_SCANS = 100
+"""Of a JPEG; libtiff's limit, too, and encoders write up to 15. Each goes through all pixels again: in a few megabytes
+are enough for hours."""
 
 MARGIN = 2
 """A JPEG is decoded at no less than this many times the input's size, and resized from there. On photographs of 0.2 to
@@ -42,6 +47,8 @@ _TURNS: dict[int, tuple[Image.Transpose | None, tuple[int, int, int, int]]] = {
 """By EXIF orientation: how an image is turned to be shown, and which of its stored edges (left, top, right, bottom) are
 then its left, top, right and bottom ones."""
 
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_STRIP_PIXELS = 1_000_000
 _ADVICE = "Make it smaller; a server's limit is INTERFLOW_MAX_PIXELS."
 _SIXTEEN_TO_EIGHT_BITS = [(sample + 128) // 257 for sample in range(65536)]
 
@@ -63,14 +70,34 @@ def open_image(source: bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Im
     """
     with _refused(max_pixels):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
+        try:
+            _require_sane(image, max_pixels)
+        except Exception:
             image.close()
-            raise ImageTooLargeError(
-                f"the image is {width}x{height} ({width * height / 1e6:.1f} MP); "
-                f"the limit is {max_pixels / 1e6:g} MP. {_ADVICE}"
-            )
+            raise
         return image
+
+
+def _require_sane(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Refuse what would take more memory or time than its pixels deserve."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    width, height = image.size
+    # a TIFF's tiles are decoded whole, however little of them the image shows
+    held = max(width, tags.get(_TILE_WIDTH, 0)) * max(height, tags.get(_TILE_LENGTH, 0))
+    if held > max_pixels:
+        raise ImageTooLargeError(
+            f"the image is {width}x{height} ({held / 1e6:.1f} MP{'' if held == width * height else ' in tiles'}); "
+            f"the limit is {max_pixels / 1e6:g} MP. {_ADVICE}"
+        )
+    if max(width, height) > MOST_SIDE:
+        raise ImageTooLargeError(f"the image is {width}x{height}; the limit is {MOST_SIDE} pixels a side.")
+    if image.format in ("JPEG", "MPO") and image.fp is not None:
+        position = image.fp.tell()
+        image.fp.seek(0)
+        scans = _scans(image.fp.read())
+        image.fp.seek(position)
+        if scans > MOST_SCANS:
+            raise ImageError(f"the JPEG has {scans} scans; the limit is {MOST_SCANS}. Save it anew.")
 
 
 def decode_image(image: Image.Image, channels: int) -> Image.Image:
@@ -92,7 +119,13 @@ def decode_image(image: Image.Image, channels: int) -> Image.Image:
         return _eight_bit(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
 
 
-@contextmanager
+def _scans(jpeg: bytes) -> int:
+    """Its markers FF DA, which compressed pixels never hold; in pairs of bytes, ten times as fast as `bytes.count`."""
+    pairs = (np.frombuffer(jpeg, "<u2", (len(jpeg) - start) // 2, start) for start in (0, 1))
+    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
+
+
+@contextlib.contextmanager
 def _refused(max_pixels: int = MOST_PIXELS) -> Iterator[None]:
     """Whatever Pillow raises, as an `ImageError`."""
     try:
@@ -170,8 +203,12 @@ def read_input(source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_
 
 
 def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in _TURNS else 1
+    """Of 1 to 8; 1 where EXIF is damaged, which the pixels need not be."""
+    with contextlib.suppress(Exception):  # Pillow raises almost anything on damaged EXIF
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if orientation in _TURNS:
+            return int(orientation)
+    return 1
 
 
 def _shown(box: Box, image: Image.Image) -> Box:
@@ -198,6 +235,15 @@ def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
     elif image.has_transparency_data:
         if image.mode == "La":  # premultiplied grey converts to nothing but LA
             image = image.convert("LA")
-        above = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+        image = _over_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Transparency laid over white, a strip at a time: at once would take four times the image's memory."""
+    shown = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        shown.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip), (0, top))
+    return shown
