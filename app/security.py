@@ -16,6 +16,14 @@ from model.contract import InterflowError
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """What needs no key: probes and Prometheus seldom bear one, and these tell nothing about an image."""
 
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""How a request bears a key, in OpenAPI's words."""
+WITH_KEY: list[dict[str, list[str]]] = [{scheme: []} for scheme in KEY_SCHEMES]
+"""OpenAPI's `security` of what takes one, by either."""
+
 
 class Keys:
     """The keys that were set, as SHA-256 digests.

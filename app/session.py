@@ -5,6 +5,7 @@ import ctypes
 import io
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,25 @@ def _create(path: Path, providers: list, threads: int, spinning: bool) -> onnxru
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.log_severity_level = 3  # errors; warnings tell of the graph's optimisation
+    if providers == [CPU]:
+        _share_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # but not for weights, whose memory goes with their session
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     return onnxruntime.InferenceSession(path, options, providers, enable_fallback=False)
+
+
+@cache
+def _share_memory() -> None:
+    """Give all sessions of this process one pool of memory to compute in.
+
+    Each would have its own, which lay in the malloc arenas of its threads and was freed at its end; and glibc keeps the
+    top of a thread's arena, so that under load a server grew with its reloads, by a pool for every arena.
+    """
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, None)
 
 
 def _check_metadata(session: onnxruntime.InferenceSession, card: ModelCard, path: Path) -> None:

@@ -96,7 +96,7 @@ def running(
         ServerError: it ended, or was not ready in time.
     """
     with log.open("wb") as out:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 - the benchmark's own command lines
             command,
             env={name: value for name, value in os.environ.items() if not name.startswith(PREFIX)} | dict(environment),
             cwd=ROOT,

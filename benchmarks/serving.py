@@ -161,8 +161,8 @@ def environment(requirement: str, peers: Path) -> Path:
         ):
             try:
                 # without our configuration, whose constraints are not the peer's
-                subprocess.run(  # noqa: S603
-                    ["uv", "--quiet", "--no-config", *command],  # noqa: S607
+                subprocess.run(  # noqa: S603 - the peers are listed in this project
+                    ["uv", "--quiet", "--no-config", *command],  # noqa: S607 - whichever uv the user has
                     check=True,
                     capture_output=True,
                     text=True,

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"model", "model.contract", "model.explain", "model.images"}
+PICKLERS = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 
 def imported_by(statement: str) -> set[str]:
@@ -57,3 +58,47 @@ def test_no_training_module_bears_a_librarys_name():
         taken |= {name.group().replace("-", "_").lower() for name in required if name}
     ours = {path.stem for path in (ROOT / "training").glob("*.py")}
     assert ours & taken == set()
+
+
+def pickling(source: str) -> list[str]:
+    """What in a module could read or write a pickle, and with it run whatever somebody put there."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found += [alias.name for alias in names if alias.name.split(".")[0] in PICKLERS]
+            case ast.ImportFrom(module=str(module), names=names):
+                found += [module] if module.split(".")[0] in PICKLERS else []
+                found += [
+                    f"torch.{alias.name}" for alias in names if module == "torch" and alias.name in ("load", "save")
+                ]
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load" | "save"):
+                found.append(f"torch.{node.attr}")
+            case ast.keyword(arg="allow_pickle", value=value) if not isinstance(value, ast.Constant) or value.value:
+                found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("package", ["app", "benchmarks", "model", "training"])
+def test_nothing_is_pickled(package):
+    modules = {path: pickling(path.read_text(encoding="utf-8")) for path in (ROOT / package).rglob("*.py")}
+    assert modules
+    assert {path: found for path, found in modules.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def read(file):\n    import pickle",
+        "import numpy, joblib.externals as externals",
+        "from pickle import loads",
+        "from torch import Tensor, load",
+        "weights = torch.load(path, weights_only=True)",
+        "restore = torch.load",
+        "numpy.load(path, allow_pickle=True)",
+        "numpy.load(path, allow_pickle=trusted)",
+    ],
+)
+def test_a_pickle_would_be_seen(source):
+    assert len(pickling(source)) == 1
+    assert pickling("import json; from torch import Tensor; numpy.load(path, allow_pickle=False)") == []

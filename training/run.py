@@ -188,7 +188,7 @@ def git_revision() -> str | None:
     """Commit of the code, with "-dirty" where tracked files were changed; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - made above
     except FileNotFoundError:
         return None
     return answer.stdout.strip() or None

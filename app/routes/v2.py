@@ -7,11 +7,11 @@ import asyncio
 import time
 from contextlib import aclosing
 from math import inf
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.deadline import deadline_of
 from app.decoders import Decoders
@@ -29,7 +29,7 @@ from app.presence import while_connected
 from app.repository import LoadedModel, Repository
 from app.routes.health import is_ready
 from app.schemas import IndexEntry, ProtocolLive, ProtocolModel, ProtocolModelReady, ProtocolReady, ProtocolServer
-from app.security import require_management
+from app.security import WITH_KEY, require_management
 from app.settings import Settings
 from app.telemetry import record_image
 from app.versions import read_policy
@@ -54,7 +54,13 @@ class LoadParameters(_Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    config: str | None = None
+    config: Annotated[
+        str | None,
+        Field(
+            description="Triton's model configuration as JSON, with its version policy alone",
+            examples=['{"version_policy": {"latest": {"num_versions": 1}}}'],
+        ),
+    ] = None
 
 
 class LoadRequest(_Body):
@@ -111,6 +117,7 @@ def _path(*names: str) -> dict[str, Any]:
 
 
 _MODEL, _VERSION = _path("name"), _path("name", "number")
+_MANAGED = _MODEL | {"security": WITH_KEY}
 _MANAGE: dict[str, Any] = {"responses": protocol_responses(400, 401, 403, 404, 413), "response_class": Response}
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
@@ -193,7 +200,7 @@ async def show_index(request: Request) -> list[IndexEntry]:
     return await asyncio.to_thread(manager.index, asked.ready)
 
 
-@router.post("/repository/models/{name}/load", openapi_extra=_body_of(LoadRequest) | _MODEL, **_MANAGE)
+@router.post("/repository/models/{name}/load", openapi_extra=_body_of(LoadRequest) | _MANAGED, **_MANAGE)
 async def load(request: Request) -> Response:
     """Load a model, or load it anew; answers when the new one is in the old one's place. Takes the management key.
 
@@ -208,7 +215,7 @@ async def load(request: Request) -> Response:
     return Response()
 
 
-@router.post("/repository/models/{name}/unload", openapi_extra=_body_of(UnloadRequest) | _MODEL, **_MANAGE)
+@router.post("/repository/models/{name}/unload", openapi_extra=_body_of(UnloadRequest) | _MANAGED, **_MANAGE)
 async def unload(request: Request) -> Response:
     """Unload all versions of a model; requests that are under way are answered. Takes the management key."""
     require_management(request)

@@ -202,6 +202,12 @@ def _layered_model() -> LoadedModel:
     return LoadedModel(card, RUNTIME, Batcher(LayeredNetwork()))
 
 
+@pytest.fixture(scope="session")
+def make_layered_model() -> Callable[[], LoadedModel]:
+    """Makes what `layered_model` is."""
+    return _layered_model
+
+
 @pytest.fixture
 def layered_model() -> LoadedModel:
     """A loaded `LayeredNetwork`, by the name of layered."""
@@ -394,6 +400,7 @@ def raw_answer() -> Callable[..., bytes]:
         with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
             with contextlib.suppress(ConnectionError):  # the server may have answered and closed before the end
                 connection.sendall(request)
+            with contextlib.suppress(OSError):  # so says the system of a connection that was reset
                 if half_close:
                     connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
@@ -402,3 +409,55 @@ def raw_answer() -> Callable[..., bytes]:
         return answer
 
     return exchange
+
+
+class MeasuredServer:
+    """`python -m app` of the bundled model, two decoders and small limits, whose memory and log are looked at."""
+
+    max_pixels = 4_000_000
+    max_bytes = 16_000_000
+    patience_s = 2
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._status = Path(f"/proc/{process.pid}/status")
+        self._reset = Path(f"/proc/{process.pid}/clear_refs")
+        address = process.stdout.readline().split(" on ")[1].split(";")[0]
+        self.client = httpx2.Client(base_url=address, timeout=60, trust_env=False)
+        self.log: list[str] = []
+        # read all along, for a full pipe would hold up the server
+        self._reading = threading.Thread(target=lambda: self.log.extend(process.stderr), daemon=True)
+        self._reading.start()
+
+    def growth(self, abuse: Callable[[], object]) -> int:
+        """Bytes by which the process was larger at its peak while this was done to it than before."""
+        self._reset.write_text("5")  # the peak is counted anew
+        before = self._bytes("VmRSS")
+        abuse()
+        self.require_honest_answer()
+        return self._bytes("VmHWM") - before
+
+    def require_honest_answer(self) -> None:
+        """It still says what a picture shows, and has nothing to complain of but its clients."""
+        answer = self.client.post("/predict", content=(ROOT / "app/static/examples/digits-7.png").read_bytes())
+        assert answer.json()["prediction"]["label"] == "7"
+        assert [line for line in self.log if "ERROR" in line or "Traceback" in line] == []
+
+    def _bytes(self, name: str) -> int:
+        (line,) = (line for line in self._status.read_text().splitlines() if line.startswith(f"{name}:"))
+        return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="session")
+def measured(start: Callable[..., subprocess.Popen]) -> Iterator[MeasuredServer]:
+    """A real server process whose memory is measured."""
+    limits = dict.fromkeys(("max_bytes", "max_batch_bytes", "max_tensor_bytes"), MeasuredServer.max_bytes)
+    patience = dict.fromkeys(("body_timeout_s", "keep_alive_s"), MeasuredServer.patience_s)
+    pixels = MeasuredServer.max_pixels
+    process = start(provider="cpu", threads=1, lanes=1, decode_workers=2, max_pixels=pixels, **limits, **patience)
+    with process.stdout, process.stderr:
+        server = MeasuredServer(process)
+        with server.client:
+            server.require_honest_answer()
+            yield server
+        process.terminate()
+        assert process.wait(timeout=60) == 0

@@ -10,7 +10,11 @@ from app.main import create_app
 from app.session import ModelError
 from app.settings import Settings, SettingsError
 
-ERRORS = {"/predict": {"400", "404", "413", "415", "422", "429", "500", "503", "504"}, "/model": {"404", "422", "503"}}
+ERRORS = {
+    "/predict": {"400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504"},
+    "/model": {"401", "404", "422", "503"},
+    "/readyz": {"503"},
+}
 
 
 def test_importing_loads_neither_torch_nor_models_nor_settings(tmp_path):

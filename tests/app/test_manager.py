@@ -2,10 +2,15 @@
 
 import asyncio
 import gc
+import json
+import os
 import shutil
+import statistics
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -17,6 +22,7 @@ from app.repository import Repository, load_repository
 from app.settings import Settings
 from app.versions import VersionPolicy
 
+ROOT = Path(__file__).parents[2]
 SPECIFIC_1 = VersionPolicy.model_validate({"specific": {"versions": [1]}})
 SPECIFIC_BOTH = VersionPolicy.model_validate({"specific": {"versions": [1, 2]}})
 
@@ -476,3 +482,61 @@ def test_all_processes_of_a_server_unload_and_load(start):
         process.terminate()
         _, errors = process.communicate(timeout=60)
     assert errors.count("model digits: unloaded") == errors.count("model digits: loaded is now version 1") == 2
+
+
+def resident_bytes(process):
+    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux' /proc")
+def test_reloads_under_load_fail_no_request_answer_none_wrong_and_keep_no_memory(start, artefact, add, rewrite_card):
+    """Two versions in turn, told apart by the temperature of their confidence."""
+    rewrite_card(add("2"), version="2", temperature=20.0)
+    pictures = [path.read_bytes() for path in (ROOT / "app" / "static" / "examples").glob("digits-*.png")]
+    key = {"X-API-Key": "sesame"}
+    settings = {"provider": "cpu", "threads": 1, "lanes": 1, "log_level": "warning"}  # nobody reads what it logs
+    process = start(exports=artefact.parents[1], management_key="sesame", **settings)
+    address = process.stdout.readline().split(" on ")[1].split(";")[0]
+    done = threading.Event()
+
+    def ask(client, picture):
+        answer = client.post("/predict", files={"image": picture})
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        return body["model"]["version"], body["prediction"]["label"], body["prediction"]["confidence"]
+
+    def keep_asking():
+        answers = []
+        with httpx2.Client(base_url=address, trust_env=False, timeout=60) as client:
+            while not done.is_set():
+                answers += [(number, ask(client, picture)) for number, picture in enumerate(pictures)]
+        return answers
+
+    try:
+        with httpx2.Client(base_url=address, trust_env=False, timeout=60) as client, ThreadPoolExecutor(8) as pool:
+
+            def load(version):
+                config = json.dumps({"version_policy": {"specific": {"versions": [version]}}})
+                body = {"parameters": {"config": config}}
+                assert client.post("/v2/repository/models/digits/load", json=body, headers=key).status_code == 200
+                return [ask(client, picture) for picture in pictures]
+
+            right = {str(version): load(version) for version in (1, 2)}
+            asking = [pool.submit(keep_asking) for _ in range(8)]
+            sizes = []
+            try:
+                for version in [1, 2] * 15:
+                    assert {answer[0] for answer in load(version)} == {str(version)}
+                    sizes.append(resident_bytes(process))
+            finally:
+                done.set()
+            answers = [answer for future in asking for answer in future.result()]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert {version for _, (version, _, _) in answers} == {"1", "2"}
+    for number, (version, label, confidence) in answers:
+        assert (version, label, pytest.approx(confidence, abs=0.002)) == right[version][number]
+    assert all(one[2] > two[2] + 0.01 for one, two in zip(right["1"], right["2"], strict=True))
+    # the first loads fill what is kept for the next ones; every model that stayed would add 4 MiB
+    assert statistics.median(sizes[-10:]) < 1.1 * statistics.median(sizes[5:15])
