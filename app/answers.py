@@ -1,16 +1,27 @@
 """From one image's outputs to what people read: the answer, what each stage said and counted, what layers drew on."""
 
+from collections.abc import Sequence
+from math import isnan
+
 import numpy as np
 
 from app.errors import InferenceError
-from app.inference import Outputs
+from app.inference import Network, Outputs
 from app.schemas import Interpretation, LayerAttention, Prediction, StageAnswer
 from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LAYER_ATTENTION, LOGITS, ModelCard
 from model.explain import contributions, shares, softmax
 
+RANKING = "ranking"
+"""int (N, 1 + B, K): classes, most confident first, of the fused answer and then of each stage's reading."""
+CONFIDENCES = "confidences"
+"""float64 (N, 1 + B, K): in the order of the ranking; NaN where an image's logits are not finite."""
+WEIGHTS, CONTRIBUTIONS, SHARES = "weights", "contributions", "shares"
+"""float64 (N, B): each stage's, for the class of the fused answer."""
+READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES)
+
 
 class Interpreter:
-    """Reads a model's outputs by its card.
+    """Reads a model's outputs by its card: `read` a whole batch at once, `interpret` one image of it.
 
     Args:
         card: classes, stages, blocks with attention, reading scales and temperature.
@@ -21,11 +32,33 @@ class Interpreter:
         self._scales = np.concatenate([np.full((1, len(card.classes)), 1 / card.temperature), card.reading_scales])
 
     def wanted(self, layers: bool = False) -> list[str]:
-        """Names of the outputs that `interpret` reads."""
-        return [LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS, *([LAYER_ATTENTION] if layers else [])]
+        """Names of the outputs that `interpret` takes."""
+        return [*READ_OUTPUTS, *([LAYER_ATTENTION] if layers else [])]
+
+    def read(self, outputs: Outputs) -> Outputs:
+        """`READ_OUTPUTS` of a batch, from the network's logits, branch logits and branch weights."""
+        branch_logits, weights = outputs[BRANCH_LOGITS], outputs[BRANCH_WEIGHTS]
+        # the fused answer and the stages' readings are softmaxes over the same classes: one of all, fused first
+        logits = np.concatenate([outputs[LOGITS][:, np.newaxis], branch_logits], axis=1)
+        broken = ~np.isfinite(logits).all(axis=(1, 2))
+        if broken.any():
+            logits[broken], branch_logits = 0, np.where(broken[:, np.newaxis, np.newaxis], 0, branch_logits)
+        confidences = softmax(self._scales * logits)
+        ranking = np.argsort(-confidences, axis=2, kind="stable")
+        confidences = np.take_along_axis(confidences, ranking, axis=2)
+        confidences[broken] = np.nan
+        images, answers = np.arange(len(logits)), ranking[:, 0, 0]
+        added = contributions(branch_logits, weights)
+        return {
+            RANKING: ranking,
+            CONFIDENCES: confidences,
+            WEIGHTS: weights[images, :, answers],
+            CONTRIBUTIONS: added[images, :, answers],
+            SHARES: shares(added, answers),
+        }
 
     def interpret(self, outputs: Outputs, image: int, top_k: int) -> Interpretation:
-        """Read one image's outputs.
+        """Put one image's outputs into words.
 
         Args:
             outputs: those `wanted`, of a batch; with those of layers, the answer says what the blocks drew on, too.
@@ -33,40 +66,46 @@ class Interpreter:
             top_k: how many classes to list; all where there are fewer.
 
         Raises:
-            InferenceError: the outputs are not finite.
+            InferenceError: the network's outputs are not finite.
         """
-        branch_logits, weights = outputs[BRANCH_LOGITS][image], outputs[BRANCH_WEIGHTS][image]
-        # the fused answer and the stages' readings are softmaxes over the same classes: one of all, fused first
-        logits = np.concatenate([outputs[LOGITS][image : image + 1], branch_logits])
-        _require_finite(logits)
-        rankings = _rank(softmax(self._scales * logits), self._card.classes, top_k)
-        answer = rankings[0][0]["index"]
-        added = contributions(branch_logits, weights)
-        share = shares(added[np.newaxis], np.array([answer]))[0]
+        classes = self._card.classes
+        rankings = [
+            [
+                Prediction(label=classes[index], index=index, confidence=confidence)
+                for index, confidence in zip(indices.tolist(), confidences.tolist(), strict=True)
+            ]
+            for indices, confidences in zip(
+                outputs[RANKING][image, :, :top_k], outputs[CONFIDENCES][image, :, :top_k], strict=True
+            )
+        ]
+        fused, *readings = rankings
+        if isnan(fused[0]["confidence"]):
+            raise _not_finite()
+        answer = fused[0]["index"]
         stages = [
             StageAnswer(
                 name=stage.name,
                 depth=stage.depth,
-                prediction=ranking[0],
-                top_k=ranking,
+                prediction=reading[0],
+                top_k=reading,
                 weight=weight,
                 contribution=contribution,
-                share=stage_share,
-                agrees=ranking[0]["index"] == answer,
+                share=share,
+                agrees=reading[0]["index"] == answer,
                 evaluated=True,
             )
-            for stage, ranking, weight, contribution, stage_share in zip(
+            for stage, reading, weight, contribution, share in zip(
                 self._card.stages,
-                rankings[1:],
-                weights[:, answer].tolist(),
-                added[:, answer].tolist(),
-                share.tolist(),
+                readings,
+                outputs[WEIGHTS][image].tolist(),
+                outputs[CONTRIBUTIONS][image].tolist(),
+                outputs[SHARES][image].tolist(),
                 strict=True,
             )
         ]
         interpretation = Interpretation(
-            prediction=rankings[0][0],
-            top_k=rankings[0],
+            prediction=fused[0],
+            top_k=fused,
             stages=stages,
             agreement=sum(stage["agrees"] for stage in stages) / len(stages),
         )
@@ -76,7 +115,8 @@ class Interpreter:
 
     def _layer_attention(self, weights: np.ndarray) -> list[LayerAttention]:
         """One image's rows (L, S), named by the card."""
-        _require_finite(weights)
+        if not np.isfinite(weights).all():
+            raise _not_finite()
         return [
             LayerAttention(
                 block=row.block,
@@ -91,19 +131,27 @@ class Interpreter:
         ]
 
 
-def _require_finite(array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        raise InferenceError("the network gave numbers that are not finite for this image.")
+class ReadNetwork:
+    """A network that gives `READ_OUTPUTS`, too: once for a batch, by the lane that ran it, which costs an image less
+    than half of what it would in the event loop by itself.
+
+    Args:
+        network: to run.
+        interpreter: by its card.
+    """
+
+    def __init__(self, network: Network, interpreter: Interpreter) -> None:
+        self._network = network
+        self._interpreter = interpreter
+
+    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+        """As `Network.run`."""
+        own = [name for name in names if name not in READ_OUTPUTS]
+        if len(own) == len(names):
+            return self._network.run(images, names)
+        outputs = self._network.run(images, list(dict.fromkeys([*own, LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS])))
+        return {**outputs, **self._interpreter.read(outputs)}
 
 
-def _rank(probabilities: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[list[Prediction]]:
-    """The best classes of each row (R, K)."""
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-    confidences = np.take_along_axis(probabilities, best, axis=1)
-    return [
-        [
-            Prediction(label=classes[index], index=index, confidence=confidence)
-            for index, confidence in zip(*row, strict=True)
-        ]
-        for row in zip(best.tolist(), confidences.tolist(), strict=True)
-    ]
+def _not_finite() -> InferenceError:
+    return InferenceError("the network gave numbers that are not finite for this image.")

@@ -12,6 +12,7 @@ from math import inf
 
 import numpy as np
 
+from app.cpus import be_nice
 from app.errors import DeadlineError, InferenceError, QueueFullError
 from app.inference import Inferred, Network
 
@@ -33,6 +34,7 @@ class Batcher:
         max_batch: images in one batch; requests of more run as several, side by side.
         max_queue: images that may wait. A request of more than that is taken when nothing waits.
         wait_us: microseconds that images may wait for others to fill their batch.
+        niceness: of the lanes, as `app.cpus.be_nice`.
         on_batch: for metrics.
     """
 
@@ -44,6 +46,7 @@ class Batcher:
         max_batch: int = 32,
         max_queue: int = 512,
         wait_us: int = 0,
+        niceness: int = 0,
         on_batch: OnBatch | None = None,
     ) -> None:
         self._max_batch = max_batch
@@ -51,7 +54,9 @@ class Batcher:
         self._queue = _Queue(max_batch, wait_us / 1e6)
         # daemons: a start that fails after this ends the process without `close`
         self._lanes = [
-            threading.Thread(target=_lane, args=(self._queue, network, on_batch), name=f"lane-{lane}", daemon=True)
+            threading.Thread(
+                target=_lane, args=(self._queue, network, niceness, on_batch), name=f"lane-{lane}", daemon=True
+            )
             for lane in range(lanes)
         ]
         weakref.finalize(self, self._queue.close)  # the lanes hold the queue, not this
@@ -180,7 +185,8 @@ class _Queue:
         self.images -= len(ask.images)
 
 
-def _lane(queue: _Queue, network: Network, on_batch: OnBatch | None) -> None:
+def _lane(queue: _Queue, network: Network, niceness: int, on_batch: OnBatch | None) -> None:
+    be_nice(niceness)
     while batch := queue.take():
         try:
             result: list[Inferred] | Exception = _run(batch, network, on_batch)

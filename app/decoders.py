@@ -8,6 +8,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 
+from app.cpus import be_nice
 from app.errors import DeadlineError, QueueFullError
 from model.contract import InputSpec
 from model.images import input_of, open_image, read_input
@@ -26,10 +27,11 @@ class Decoders:
         workers: images decoded at a time.
         max_queue: images that may wait for that.
         max_pixels: allowed in one image.
+        niceness: of the threads, as `app.cpus.be_nice`.
     """
 
-    def __init__(self, workers: int, max_queue: int, max_pixels: int) -> None:
-        self._pool = ThreadPoolExecutor(workers, "decode")
+    def __init__(self, workers: int, max_queue: int, max_pixels: int, niceness: int = 0) -> None:
+        self._pool = ThreadPoolExecutor(workers, "decode", be_nice, (niceness,))
         self._workers = workers
         self._max_queue = max_queue
         self._inside = 0

@@ -222,6 +222,8 @@ def protocol_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 async def _ours(request: Request, error: InterflowError) -> Response:
     status, code = _status_and_code(error)
+    if status == 429:
+        await request.app.state.refusals.keep()
     if status == 500:
         logger.error("request %s: %s", request.state.request_id, error)
     return problem(request, status, code, str(error), getattr(error, "headers", None))

@@ -23,6 +23,7 @@ from app.middleware import (
     RootPathMiddleware,
 )
 from app.openapi import DocumentedApp
+from app.refusals import Pace
 from app.repository import Repository, load_repository
 from app.routes import health, metrics, models, predict, v2
 from app.security import KeyMiddleware, load_keys
@@ -51,7 +52,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         await manager.run(manager.follow)  # what the other workers were asked for before this one began
         Image.init()  # loads Pillow's formats now, rather than in the first request that needs one
         workers = given.decode_workers or usable_cpus(given.workers)
-        app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels)
+        app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels, given.niceness)
         sampling = asyncio.create_task(app.state.gauges.keep_sampling(app.state.repository))
         watching = asyncio.create_task(manager.watch())
         yield
@@ -72,6 +73,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.draining = False
     app.state.gauges = Gauges()
+    app.state.refusals = Pace()
     if settings:
         _configure(app, settings)
     for middleware in (  # the first is the innermost

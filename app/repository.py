@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from app.answers import Interpreter
+from app.answers import Interpreter, ReadNetwork
 from app.batcher import Batcher
 from app.errors import ModelNotFoundError, NotReadyError
 from app.inference import Inference
@@ -120,11 +120,12 @@ def load_model(version: Version, settings: Settings) -> LoadedModel:
     """
     session = Session(version.folder, settings)
     batcher = Batcher(
-        session,
+        ReadNetwork(session, Interpreter(session.card)),
         lanes=session.runtime.lanes,
-        max_batch=settings.max_batch,
+        max_batch=session.runtime.max_batch,
         max_queue=settings.max_queue,
         wait_us=settings.batch_wait_us,
+        niceness=session.runtime.niceness,
         on_batch=partial(record_batch, session.card.name),
     )
     return LoadedModel(session.card, session.runtime, batcher, version)

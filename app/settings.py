@@ -72,12 +72,23 @@ class Settings(BaseSettings):
     max_queue: Annotated[
         int, Field(gt=0, description="images that may wait for the network, and for a decoder; more are answered 429")
     ] = 512
-    max_batch: Annotated[int, Field(gt=0, le=4096, description="images that the network runs at a time")] = 32
+    max_batch: Annotated[
+        int,
+        Field(ge=0, le=4096, description="images that a lane runs at a time; 0: 8 for each of its CPUs, 32 on CUDA"),
+    ] = 0
     batch_wait_us: Annotated[
         int, Field(ge=0, description="microseconds that images wait for others to fill their batch")
     ] = 0
-    lanes: Annotated[int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs")] = 0
-    threads: Annotated[int, Field(ge=0, description="threads of one inference; 0: the usable CPUs over the lanes")] = 0
+    lanes: Annotated[
+        int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs, but 2 where there are as many")
+    ] = 0
+    threads: Annotated[
+        int,
+        Field(ge=0, description="threads of one inference; 0: so many that all lanes use all CPUs, and one alone too"),
+    ] = 0
+    niceness: Annotated[
+        int, Field(ge=0, le=19, description="of the threads that compute on the CPU: the rest of the server goes first")
+    ] = 5
     spinning: Annotated[
         bool, Field(description="threads of an inference wait for work by burning their CPU; only where it is theirs")
     ] = False

@@ -191,7 +191,7 @@ def input_of(image: Image.Image, spec: InputSpec) -> np.ndarray:
     """
     side = MARGIN * max(spec.width, spec.height)
     with _refused():
-        drafted = image.draft(None, (side, side))  # None of what is no JPEG
+        drafted = image.draft(None, (side, side)) if min(image.size) >= 2 * side else None  # None of what is no JPEG
         box = None if drafted is None else _shown(drafted[1], image)
     return to_input(decode_image(image, spec.channels), spec, box)
 

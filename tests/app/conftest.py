@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
+from app.answers import Interpreter, ReadNetwork
 from app.batcher import Batcher
 from app.inference import Network, Outputs
 from app.main import create_app
@@ -49,6 +50,8 @@ RUNTIME = Runtime(
     cpus=1,
     lanes=1,
     threads=1,
+    lone_threads=1,
+    niceness=0,
     spinning=False,
     max_batch=32,
     batch_sizes=None,
@@ -187,19 +190,23 @@ def layered_network() -> LayeredNetwork:
     return LayeredNetwork()
 
 
+def _loaded(card: ModelCard, network: Network) -> LoadedModel:
+    return LoadedModel(card, RUNTIME, Batcher(ReadNetwork(network, Interpreter(card))))
+
+
 @pytest.fixture
 def colour_model() -> Callable[..., LoadedModel]:
     """Makes a loaded model of the card's arguments and a network, `ColourNetwork` by default."""
 
     def make(network: Network | None = None, **card: str) -> LoadedModel:
-        return LoadedModel(_colour_card(**card), RUNTIME, Batcher(network or ColourNetwork()))
+        return _loaded(_colour_card(**card), network or ColourNetwork())
 
     return make
 
 
 def _layered_model() -> LoadedModel:
     card = _colour_card(name="layered", layer_attention=LayeredNetwork.blocks)
-    return LoadedModel(card, RUNTIME, Batcher(LayeredNetwork()))
+    return _loaded(card, LayeredNetwork())
 
 
 @pytest.fixture(scope="session")
@@ -248,7 +255,7 @@ def serve() -> Serve:
 def colours() -> Iterator[httpx2.Client]:
     """A client of a server of the hand-computed network, with 100,000 bytes and 1,000,000 pixels allowed."""
     settings = Settings(max_bytes=100_000, max_pixels=1_000_000)
-    model = LoadedModel(_colour_card(), RUNTIME, Batcher(ColourNetwork()))
+    model = _loaded(_colour_card(), ColourNetwork())
     with _serve(create_app(settings, Repository([model]))) as client:
         yield client
 
@@ -256,7 +263,7 @@ def colours() -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="session")
 def layered() -> Iterator[httpx2.Client]:
     """A client of a server of `LayeredNetwork`, by the name of layered, and of `ColourNetwork`, which has no layers."""
-    colours = LoadedModel(_colour_card(), RUNTIME, Batcher(ColourNetwork()))
+    colours = _loaded(_colour_card(), ColourNetwork())
     with _serve(create_app(Settings(), Repository([_layered_model(), colours], "layered"))) as client:
         yield client
 

@@ -23,7 +23,8 @@ def outputs():
 
 
 def interpret(card, outputs, image, top_k):
-    return Interpreter(card).interpret(outputs, image, top_k)
+    interpreter = Interpreter(card)
+    return interpreter.interpret({**outputs, **interpreter.read(outputs)}, image, top_k)
 
 
 def test_answer_of_a_red_image(colour_card, outputs):
@@ -113,8 +114,8 @@ def test_each_image_of_a_batch_gets_what_its_own_blocks_drew_on(layered_model, l
 def test_layer_attention_only_where_asked_for(layered_model, layered_outputs):
     interpreter = Interpreter(layered_model.card)
     for layers in (False, True):
-        wanted = interpreter.wanted(layers)
-        answer = interpreter.interpret({name: layered_outputs[name] for name in wanted}, 1, 1)
+        everything = {**layered_outputs, **interpreter.read(layered_outputs)}
+        answer = interpreter.interpret({name: everything[name] for name in interpreter.wanted(layers)}, 1, 1)
         assert ("layer_attention" in answer) == layers
 
 

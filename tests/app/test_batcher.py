@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from app.answers import Interpreter, ReadNetwork
 from app.batcher import Batcher
 from app.errors import DeadlineError, InferenceError, QueueFullError
 from app.main import create_app
@@ -486,7 +487,8 @@ def test_answers_under_load_are_those_of_each_image_alone(serve, artefact, photo
     pixels = [read_input(source, spec) for source in sources]
     expected = [session.run(one[None], ["logits"])["logits"][0] for one in pixels]
     sizes = []
-    one = Batcher(session, lanes=2, max_batch=8, on_batch=lambda images, _: sizes.append(images))
+    network = ReadNetwork(session, Interpreter(session.card))
+    one = Batcher(network, lanes=2, max_batch=8, on_batch=lambda images, _: sizes.append(images))
     app = create_app(Settings(), Repository([LoadedModel(session.card, session.runtime, one)]))
     with serve(app) as client, ThreadPoolExecutor(16) as pool:
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from app import errors
 from app.errors import HANDLERS, PROBLEMS
 from app.middleware import RequestIdMiddleware
+from app.refusals import Pace
 from model.contract import CardError, InterflowError
 from model.images import ImageError
 
@@ -26,6 +27,7 @@ RAISED = {
 @pytest.fixture(scope="module")
 def client(serve):
     app = FastAPI(exception_handlers=HANDLERS)
+    app.state.refusals = Pace()
     app.add_middleware(RequestIdMiddleware)
 
     @app.get("/unexpected")

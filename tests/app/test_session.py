@@ -1,6 +1,11 @@
 """An artefact is served only if it is whole, is what its card says, and keeps both exact sums."""
 
 import contextlib
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -62,17 +67,60 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
     def chosen(cpus, **settings):
         monkeypatch.setattr(module, "usable_cpus", lambda workers: cpus // workers)
         runtime = Session(artefact, Settings(provider="cpu", **settings)).runtime
-        return runtime.cpus, runtime.lanes, runtime.threads
+        return runtime.cpus, runtime.lanes, runtime.threads, runtime.lone_threads, runtime.max_batch
 
-    assert [chosen(cpus) for cpus in (1, 2, 4, 8)] == [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 2, 4)]
-    assert chosen(8, workers=4) == (2, 1, 2)
-    assert chosen(2, lanes=3) == (2, 3, 1)
-    assert chosen(2, threads=1) == (2, 1, 1)
+    assert [chosen(cpus) for cpus in (1, 2)] == [(1, 1, 1, 1, 8), (2, 2, 1, 2, 8)]
+    assert [chosen(cpus) for cpus in (4, 16)] == [(4, 2, 3, 3, 16), (16, 4, 13, 13, 32)]
+    assert chosen(8, workers=4) == (2, 2, 1, 2, 8)
+    assert chosen(2, lanes=1) == (2, 1, 2, 2, 16)
+    assert chosen(2, lanes=3) == (2, 3, 1, 2, 8)
+    assert chosen(2, threads=1) == (2, 2, 1, 1, 8)
+
+
+def test_an_inference_has_all_cpus_only_while_no_other_runs(artefact, monkeypatch, images):
+    monkeypatch.setattr(module, "usable_cpus", lambda workers: 2)
+    ran, entered, gate = [], threading.Event(), threading.Event()
+
+    class Gated(onnxruntime.InferenceSession):
+        def run(self, names, feeds):
+            ran.append(self.get_session_options().intra_op_num_threads)
+            if len(ran) == 1:
+                entered.set()
+                assert gate.wait(30)
+            return super().run(names, feeds)
+
+    session = Session(artefact, Settings(provider="cpu"))
+    expected = session.run(images, [LOGITS])[LOGITS]
+    for opened in (session._session, session._lone_session):
+        monkeypatch.setattr(opened, "__class__", Gated)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(session.run, images, [LOGITS])
+        assert entered.wait(30)
+        second = session.run(images, [LOGITS])
+        gate.set()
+        answers = [first.result(), second, session.run(images, [LOGITS])]
+    assert ran == [2, 1, 2]
+    for answer in answers:
+        np.testing.assert_allclose(answer[LOGITS], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
+def test_threads_that_compute_are_nice_and_no_others(artefact, monkeypatch, images):
+    def niceness(thread):
+        return os.getpriority(os.PRIO_PROCESS, thread)
+
+    before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+    monkeypatch.setattr(module, "usable_cpus", lambda workers: 3)
+    session = Session(artefact, Settings(provider="cpu", lanes=1, niceness=niceness(0) + 3))
+    own = {int(task.name) for task in Path("/proc/self/task").iterdir()} - before
+    assert [niceness(thread) - niceness(0) for thread in own].count(3) == 2
+    assert session.runtime.niceness == niceness(0) + 3
 
 
 def test_choices_are_reported(artefact):
     settings = Settings(provider="cpu", spinning=True, max_batch=7, batch_wait_us=5, max_queue=9, lanes=2, threads=1)
     runtime = Session(artefact, settings).runtime
+    assert (runtime.lanes, runtime.threads, runtime.lone_threads, runtime.niceness) == (2, 1, 1, 5)
     assert (runtime.spinning, runtime.max_batch, runtime.batch_wait_us, runtime.max_queue) == (True, 7, 5, 9)
 
 
@@ -88,7 +136,7 @@ def test_on_cuda_batches_are_padded_to_sizes_that_were_warmed_up(artefact, monke
             ran.append(len(feeds["image"]))
             return super().run(names, feeds)
 
-    def create(path, providers, threads, spinning):
+    def create(path, providers, settings, threads):
         return Pretending(path, providers=[module.CPU])
 
     plain = Session(artefact, CPU).run(images, [LOGITS, "branch_map_0"])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
+from app.answers import ReadNetwork
 from app.batcher import Batcher
 from app.main import create_app
 from app.repository import Repository
@@ -474,8 +475,9 @@ class GatedNetwork:
 def gated(serve, colour_model, colour_network):
     """A gated network, its batcher with room for 2 that wait, and a client of its server."""
     network = GatedNetwork(colour_network)
-    batcher = Batcher(network, max_queue=2)
-    model = replace(colour_model(), inference=batcher)
+    model = colour_model()
+    batcher = Batcher(ReadNetwork(network, model.interpreter), max_queue=2)
+    model = replace(model, inference=batcher)
     with serve(create_app(Settings(timeout_ms=0), Repository([model]))) as client:
         yield network, batcher, client
         network.gate.set()
