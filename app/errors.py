@@ -10,6 +10,7 @@ FieldError                        a form without the one image field, or with ot
 MediaTypeError                    a body that is neither a form nor an image
 ModelNotFoundError                no such model or version loaded
 NoLayerAttentionError             `layers` asked of a network whose layers have no attention of their own
+QuestionError                     an explanation asked of a stage or class that the model does not have
 NotReadyError                     no model loaded yet
 InferenceError                    the network gave no usable numbers
 LoadRequestError                  a load request that asks for what cannot be had
@@ -19,6 +20,7 @@ UnauthorizedError                 no key, or one that is not known, where one is
 ManagementOffError                loading or unloading asked of a server without a management key
 HeaderError                       a header of ours that holds what it cannot
 QueueFullError                    too many images wait already; come again later
+BodyBudgetError                   all requests together hold INTERFLOW_MAX_TOTAL_BYTES already; come again later
 DeadlineError                     the request's time was up
 SlowBodyError                     a body that took longer to arrive than INTERFLOW_BODY_TIMEOUT_S
 DrainingError                     the server ends soon, and should get no new work
@@ -69,6 +71,10 @@ class NoLayerAttentionError(InterflowError):
     """Layer attention asked of a network that has none."""
 
 
+class QuestionError(InterflowError):
+    """An explanation asked of a stage or class that the model does not have."""
+
+
 class NotReadyError(InterflowError):
     """No model is loaded yet."""
 
@@ -97,6 +103,12 @@ class QueueFullError(InterflowError):
     """More images wait than may."""
 
     headers: ClassVar = {"Retry-After": "1"}  # seconds, the least that it can say; a full queue is worked off sooner
+
+
+class BodyBudgetError(InterflowError):
+    """The bodies of all requests together would hold more bytes than they may."""
+
+    headers: ClassVar = QueueFullError.headers
 
 
 class DeadlineError(InterflowError):
@@ -140,6 +152,7 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     MediaTypeError: (415, "unsupported_media_type"),
     ModelNotFoundError: (404, "model_not_found"),
     NoLayerAttentionError: (422, "no_layer_attention"),
+    QuestionError: (422, "invalid_question"),
     NotReadyError: (503, "not_ready"),
     InferenceError: (500, "inference_failed"),
     LoadRequestError: (400, "invalid_load_request"),
@@ -149,6 +162,7 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     ManagementOffError: (403, "management_off"),
     HeaderError: (422, "invalid_header"),
     QueueFullError: (429, "queue_full"),
+    BodyBudgetError: (429, "body_budget_spent"),
     DeadlineError: (504, "deadline_passed"),
     SlowBodyError: (408, "body_timeout"),
     DrainingError: (503, "draining"),

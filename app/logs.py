@@ -26,7 +26,9 @@ def start_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else ConsoleFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is told to whoever sent it
+    # what is wrong with a file or a form is told to whoever sent it
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class ConsoleFormatter(logging.Formatter):

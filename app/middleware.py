@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.bodies import HeldBody
 from app.errors import SlowBodyError, problem
 from app.logs import FIELDS, request_id
 from app.metrics import record_request
@@ -153,11 +154,14 @@ class CorsMiddleware:
         await (self._cors or self.app)(scope, receive, send)
 
 
-class BodyTimeoutMiddleware:
+class BodyMiddleware:
     """Gives up on a body that has not arrived after INTERFLOW_BODY_TIMEOUT_S: a slow sender must not hold a place.
 
     It looks whenever a piece of the body comes; where none does, `app.server.Protocol` hands over an empty one then. A
     timer for each request would cost more than the rest of this.
+
+    Counts what came, too, until the request has ended in whatever way; `request.state.held_body` is the count. Expects
+    `bodies` in the application's state.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -168,11 +172,14 @@ class BodyTimeoutMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit_s = scope["app"].state.settings.body_timeout_s
+        state = scope["app"].state
+        limit_s = state.settings.body_timeout_s
         deadline = time.monotonic() + limit_s
+        held = scope["state"]["held_body"] = HeldBody(state.bodies)
 
         async def receive_in_time() -> Message:
             message = await receive()
+            held.grow(len(message.get("body", b"")))
             if message.get("more_body") and time.monotonic() > deadline:
                 raise SlowBodyError(
                     f"the request's body did not arrive within {limit_s:g} seconds. Send it faster, or raise "
@@ -180,4 +187,7 @@ class BodyTimeoutMiddleware:
                 )
             return message
 
-        await self.app(scope, receive_in_time, send)
+        try:
+            await self.app(scope, receive_in_time, send)
+        finally:
+            held.release()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -136,7 +137,11 @@ def _taken(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 class Protocol(HttpToolsProtocol):
-    """Uvicorn's HTTP/1.1, which also knows how long it waits for its client, and limits what is no body."""
+    """Uvicorn's HTTP/1.1, which also knows how long it waits for its client, and limits what is no body.
+
+    A request for another protocol (`Upgrade: h2c`, as Java's client sends first, or `websocket`) is taken as if it did
+    not ask, as a server may (RFC 9110, 7.8). httptools stops behind such a head, so that it is read twice.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -200,6 +205,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
+        if self.parser.should_upgrade():
+            return  # to be read again
         self._in_head = False
         self._framing_bytes = 0
         self._waits_since = time.monotonic()
@@ -212,6 +219,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        if self.parser.should_upgrade():
+            return  # only its head is
         self._framing_bytes = 0
         super().on_message_complete()
 
@@ -223,6 +232,36 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
         self._framing_bytes += len(data)
-        super().data_received(data)
-        if self._framing_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The request's line and headers, or its trailers, exceed {MAX_HEAD_BYTES} bytes.")
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            reason = "Invalid HTTP request received."
+            self.logger.warning(reason)
+            self._refuse(reason)
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            self._refuse(f"The request's line and headers, or its trailers, exceed {MAX_HEAD_BYTES} bytes.")
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("no proxy") from upgrade
+                (end_of_head,) = upgrade.args
+                data = memoryview(data)[end_of_head:]
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+                self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        return line + b"".join(kept) + b"\r\n"
+
+    def _refuse(self, reason: str) -> None:
+        if not self.transport.is_closing():
+            self.send_400_response(reason)

@@ -6,7 +6,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.contract import InterflowError
@@ -61,6 +69,14 @@ class Settings(BaseSettings):
     max_batch_bytes: Annotated[
         int, Field(gt=0, description="bytes allowed in the images of one /predict/batch together")
     ] = 64 * 2**20
+    max_total_bytes: Annotated[
+        int,
+        Field(
+            gt=0,
+            validate_default=True,
+            description="bytes that the bodies of all requests of a process may hold together; more are answered 429",
+        ),
+    ] = 512 * 2**20
     max_pixels: Annotated[
         int,
         Field(gt=0, le=MOST_PIXELS, description=f"pixels allowed in one image, at most {MOST_PIXELS} (Pillow's limit)"),
@@ -131,6 +147,14 @@ class Settings(BaseSettings):
     tracing: Annotated[
         bool, Field(description="send OpenTelemetry spans, as the OTEL_ variables say; takes the extra `tracing`")
     ] = False
+
+    @field_validator("max_total_bytes")
+    @classmethod
+    def _holds_any_request(cls, total: int, others: ValidationInfo) -> int:
+        for name in ("max_bytes", "max_tensor_bytes", "max_batch_bytes"):
+            if total < others.data.get(name, 0):
+                raise ValueError(f"expected no less than {variable(name)}, {others.data[name]}")
+        return total
 
 
 def variable(field: str) -> str:

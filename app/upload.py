@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
 
+from app.bodies import read_body
 from app.errors import EmptyImageError, FieldError, MediaTypeError, MultipartError, TooManyBytesError
 
 IMAGE_FIELDS = ("image", "file")
@@ -26,8 +26,10 @@ REQUEST_BODY: dict[str, Any] = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {"image": {"type": "string", "format": "binary"}},
-                "required": ["image"],
+                "properties": dict.fromkeys(IMAGE_FIELDS, _BINARY["schema"]),
+                "minProperties": 1,
+                "maxProperties": 1,
+                "additionalProperties": False,
             }
         },
         "image/*": _BINARY,
@@ -42,8 +44,11 @@ BATCH_REQUEST_BODY: dict[str, Any] = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                "required": ["images"],
+                "properties": {
+                    BATCH_FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+                },
+                "required": [BATCH_FIELD],
+                "additionalProperties": False,
             }
         }
     },
@@ -64,10 +69,10 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
     """
     media_type = _media_type(request)
     if media_type == "multipart/form-data":
-        body = await _read_body(request, max_bytes + FRAMING_BYTES, _too_many(max_bytes))
+        body = await read_body(request, max_bytes + FRAMING_BYTES, _too_many(max_bytes))
         source = _only_image(await _parts(request.headers, body, MAX_PARTS))
     elif media_type in ("", "application/octet-stream") or media_type.startswith("image/"):
-        source = await _read_body(request, max_bytes, _too_many(max_bytes))
+        source = await read_body(request, max_bytes, _too_many(max_bytes))
     else:
         raise MediaTypeError(
             f"the body is {media_type[:100]!r}; expected multipart/form-data with a field `image`, image/* or "
@@ -99,7 +104,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> list
         f"the images have more than {max_bytes} bytes together, the limit. Send fewer, or raise "
         "INTERFLOW_MAX_BATCH_BYTES."
     )
-    body = await _read_body(request, max_bytes + FRAMING_BYTES, too_many)
+    body = await read_body(request, max_bytes + FRAMING_BYTES, too_many)
     parts = await _parts(request.headers, body, max_images)
     if not parts or any(part.field != BATCH_FIELD or not part.is_file for part in parts):
         raise FieldError(
@@ -123,26 +128,6 @@ def require_bytes(source: bytes, max_bytes: int) -> None:
 
 def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _read_body(request: Request, limit: int, too_many: TooManyBytesError) -> bytes:
-    """The whole body; `too_many` is raised where it has more than `limit` bytes."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_many
-    chunks: list[bytes] = []
-    received = 0
-    while True:  # `request.stream` costs a request of one chunk ten times as much
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
-        received += len(chunk)
-        if received > limit:
-            raise too_many
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _too_many(max_bytes: int) -> TooManyBytesError:

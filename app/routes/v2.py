@@ -5,7 +5,6 @@
 
 import asyncio
 import time
-from contextlib import aclosing
 from math import inf
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.bodies import read_body
 from app.deadline import deadline_of
 from app.decoders import Decoders
 from app.errors import (
@@ -174,7 +174,8 @@ async def infer(request: Request) -> Response:
     settings: Settings = request.app.state.settings
     model = _model(request)
     limit = settings.max_tensor_bytes
-    body = await _read_body(request, limit, "Send fewer images, or raise INTERFLOW_MAX_TENSOR_BYTES.")
+    too_many = _too_many(limit, "Send fewer images, or raise INTERFLOW_MAX_TENSOR_BYTES.")
+    body = await read_body(request, limit, too_many)
     received = time.perf_counter()
     model.inference.require_room()
     body = await _inflated(request, body, limit, deadline)
@@ -233,39 +234,24 @@ def _model(request: Request) -> LoadedModel:
 
 async def _read_json(request: Request, model: type[Body]) -> Body:
     """A small JSON object; no body counts as an empty one."""
-    body = await _read_body(request, MANAGEMENT_BYTES, "")
+    body = await read_body(request, MANAGEMENT_BYTES, _too_many(MANAGEMENT_BYTES))
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
         raise LoadRequestError(f"the body cannot be used{first_problem(error)}.") from error
 
 
-async def _read_body(request: Request, limit: int, advice: str) -> bytes:
-    """The body, counted while it streams in.
-
-    Raises:
-        TooManyBytesError: by its Content-Length, or as soon as the bytes that came exceed the limit.
-    """
-    declared = request.headers.get("content-length", "")
-    received = 0
-    chunks: list[bytes] = []
-    async with aclosing(request.stream()) as stream:
-        if not declared.isdecimal() or int(declared) <= limit:
-            async for chunk in stream:
-                received += len(chunk)
-                if received > limit:
-                    break
-                chunks.append(chunk)
-            else:
-                return b"".join(chunks)
-    raise TooManyBytesError(f"the body has more than {limit} bytes, the limit. {advice}".rstrip())
+def _too_many(limit: int, advice: str = "") -> TooManyBytesError:
+    return TooManyBytesError(f"the body has more than {limit} bytes, the limit. {advice}".rstrip())
 
 
 async def _inflated(request: Request, body: bytes, limit: int, deadline: float | None) -> bytes:
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding in ("gzip", "deflate"):
         decoders: Decoders = request.app.state.decoders
-        return await decoders.run(inflate, body, limit, deadline=deadline)
+        inflated = await decoders.run(inflate, body, limit, deadline=deadline)
+        request.state.held_body.grow(len(inflated) - len(body))  # which is now held instead
+        return inflated
     if coding != "identity":
         raise MediaTypeError(f"the Content-Encoding is {coding[:50]!r}; expected gzip, deflate or none.")
     return body

@@ -419,7 +419,7 @@ def raw_answer() -> Callable[..., bytes]:
 
 
 class MeasuredServer:
-    """`python -m app` of the bundled model, two decoders and small limits, whose memory and log are looked at."""
+    """`python -m app` of the bundled model and two decoders, whose memory and log are looked at."""
 
     max_pixels = 4_000_000
     max_bytes = 16_000_000
@@ -455,16 +455,30 @@ class MeasuredServer:
 
 
 @pytest.fixture(scope="session")
-def measured(start: Callable[..., subprocess.Popen]) -> Iterator[MeasuredServer]:
-    """A real server process whose memory is measured."""
+def measure(start: Callable[..., subprocess.Popen]) -> Callable[..., AbstractContextManager[MeasuredServer]]:
+    """Starts a real server process of the given settings, whose memory is measured."""
+
+    @contextmanager
+    def run(**settings: object) -> Iterator[MeasuredServer]:
+        process = start(provider="cpu", threads=1, lanes=1, decode_workers=2, **settings)
+        with process.stdout, process.stderr:
+            server = MeasuredServer(process)
+            try:
+                with server.client:
+                    server.require_honest_answer()
+                    yield server
+            finally:
+                process.terminate()
+                ended = process.wait(timeout=60)
+        assert ended == 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def measured(measure: Callable[..., AbstractContextManager[MeasuredServer]]) -> Iterator[MeasuredServer]:
+    """The one that most tests share, with small limits and little patience."""
     limits = dict.fromkeys(("max_bytes", "max_batch_bytes", "max_tensor_bytes"), MeasuredServer.max_bytes)
     patience = dict.fromkeys(("body_timeout_s", "keep_alive_s"), MeasuredServer.patience_s)
-    pixels = MeasuredServer.max_pixels
-    process = start(provider="cpu", threads=1, lanes=1, decode_workers=2, max_pixels=pixels, **limits, **patience)
-    with process.stdout, process.stderr:
-        server = MeasuredServer(process)
-        with server.client:
-            server.require_honest_answer()
-            yield server
-        process.terminate()
-        assert process.wait(timeout=60) == 0
+    with measure(max_pixels=MeasuredServer.max_pixels, **limits, **patience) as server:
+        yield server

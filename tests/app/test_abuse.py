@@ -348,6 +348,15 @@ def test_a_form_that_is_none_or_not_ours(colours, body, expected):
     assert refusal(post(colours, body, BOUNDARY)) == expected
 
 
+def test_what_is_wrong_with_a_form_is_told_and_not_logged(measured):
+    before = len(measured.log)
+    assert refusal(post(measured.client, b"--x\r\nno token: 1\r\n\r\n1\r\n--x--\r\n", BOUNDARY)) == BAD_FORM
+    measured.require_honest_answer()
+    while len([line for line in measured.log[before:] if " 200 " in line]) == 0:
+        time.sleep(0.01)
+    assert [line for line in measured.log[before:] if "app.access" not in line] == []
+
+
 @pytest.mark.parametrize(
     "disposition",
     [

@@ -1,10 +1,14 @@
 """One serving process: how it ends under load, and what slow, silent and endless clients get."""
 
 import asyncio
+import json
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -156,6 +160,113 @@ def test_requests_that_come_together_are_answered_in_order(colours, raw_answer):
     last = b"GET /models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     together = b"".join(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths) + last
     assert re.findall(rb"HTTP/1.1 (\d+)", raw_answer(colours, together)) == [b"200", b"404", b"200", b"200"]
+
+
+# Requests for another protocol, which are answered as if they did not ask, and those that wait to be told to go on
+
+PICTURE = b"Content-Type: image/png\r\nContent-Length: %d\r\n\r\n%b" % (len(IMAGE), IMAGE)
+PIECES = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (IMAGE[:9], IMAGE[9:]))
+CHUNKED_PICTURE = b"Content-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n" + PIECES + b"0\r\n\r\n"
+POST = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+ASKING = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n",
+    "websocket": b"UPGRADE: websocket\r\nCONNECTION: keep-alive, upgrade\r\nSec-WebSocket-Version: 13\r\n",
+    "anything": b"upgrade: a/1, b/2\r\nX:\r\nconnection: UPGRADE\r\n",
+}
+
+
+def answers_to(client, pieces):
+    """Status and label of each answer on one connection, until the server closes it."""
+    found = []
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.002)  # so that it travels by itself
+        with connection.makefile("rb") as answers:
+            while head := b"".join(iter(answers.readline, b"\r\n")):
+                body = json.loads(answers.read(int(re.search(rb"content-length: (\d+)", head).group(1))))
+                found.append((int(head.split()[1]), body.get("prediction", {}).get("label")))
+                if b"connection: close" in head:
+                    assert answers.read() == b""
+                    return found
+    return found
+
+
+def split(request, size):
+    return [request[start : start + size] for start in range(0, len(request), size)]
+
+
+@pytest.mark.parametrize("body", [PICTURE, CHUNKED_PICTURE], ids=["with its length", "in chunks"])
+@pytest.mark.parametrize("asking", ASKING)
+def test_who_asks_for_another_protocol_is_answered_in_this_one(digits, asking, body):
+    request = POST + ASKING[asking] + body
+    last = POST + b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n" + body
+    head, content = request[: -len(body)], body
+    for pieces in (
+        [request, last],
+        [head, content, last],
+        [head + content[:100], content[100:] + last],
+        [request * 3 + POST + body + request + last],
+        split(request + last, 7),
+    ):
+        answers = answers_to(digits, pieces)
+        assert answers == [(200, "7")] * b"".join(pieces).count(b"POST /predict")
+
+
+def test_who_asks_for_another_protocol_keeps_the_limits_of_this_one(colours, raw_answer):
+    for asking in ASKING.values():
+        for rest, status in (
+            (b"Content-Length: 200000000\r\n\r\n", b"413"),
+            (b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
+            (b"A: " + b"b" * (MAX_HEAD_BYTES + 4096), b"400"),
+        ):
+            request = b"POST /predict HTTP/1.1\r\nHost: x\r\n" + asking + rest
+            assert raw_answer(colours, request, half_close=True).startswith(b"HTTP/1.1 " + status)
+    many = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: a\r\n\r\n" * 3000
+    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert raw_answer(colours, many + last).count(b"HTTP/1.1 200 ") == 3001
+
+
+def test_who_waits_to_be_told_to_go_on_is_told(digits):
+    for asking in (b"", *ASKING.values()):
+        with socket.create_connection((digits.base_url.host, digits.base_url.port), timeout=30) as connection:
+            head, _, content = (POST + asking + b"Expect: 100-continue\r\n" + PICTURE).partition(b"\r\n\r\n")
+            connection.sendall(head + b"\r\n\r\n")
+            assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(content)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="takes curl")
+def test_curl_sends_large_pictures(digits, tmp_path):
+    """Above a megabyte it waits to be told to go on; those above the limit it does not send."""
+    (tmp_path / "large.png").write_bytes(IMAGE.ljust(9 * 2**20, b"\0"))
+    (tmp_path / "too-large.png").write_bytes(IMAGE.ljust(11 * 2**20, b"\0"))
+    ask = [
+        "curl",
+        "-sS",
+        "--noproxy",
+        "*",
+        "-w",
+        "%{http_code} %{size_upload}",
+        "-o",
+        "/dev/null",
+        "-H",
+        "Expect: 100-continue",
+    ]
+    for name, status in (("large.png", "200"), ("too-large.png", "413")):
+        for how in (["-F", f"image=@{name}"], ["-H", "Content-Type: image/png", "--data-binary", f"@{name}"]):
+            done = subprocess.run(
+                [*ask, *how, str(digits.base_url.join("/predict"))],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            answered, sent = done.stdout.split()
+            assert answered == status
+            assert (int(sent) == 0) == (status == "413")
 
 
 def test_answers_are_not_held_back(serve, colour_model, monkeypatch):

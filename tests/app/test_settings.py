@@ -45,6 +45,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch, field):
         ("poll_s", "inf", "finite"),
         ("max_tensor_bytes", "0", "greater than 0"),
         ("max_json_bytes", "0", "greater than 0"),
+        ("max_total_bytes", "60000000", "no less than INTERFLOW_MAX_TENSOR_BYTES, 67108864"),
         ("threads", "-1", "greater than or equal to 0"),
         ("decode_workers", "2.5", "valid integer"),
         ("log_level", "loud", "'debug'"),
@@ -72,3 +73,11 @@ def test_kubernetes_service_variables_are_explained(monkeypatch):
     monkeypatch.setenv("INTERFLOW_PORT", "tcp://10.0.0.1:8000")
     with pytest.raises(SettingsError, match="enableServiceLinks"):
         load_settings()
+
+
+def test_a_request_allowed_more_than_all_together_is_named(monkeypatch):
+    monkeypatch.setenv("INTERFLOW_MAX_BATCH_BYTES", "600000000")
+    with pytest.raises(SettingsError, match=r"MAX_TOTAL_BYTES is 536870912: .* INTERFLOW_MAX_BATCH_BYTES, 600000000"):
+        load_settings()
+    monkeypatch.setenv("INTERFLOW_MAX_TOTAL_BYTES", "600000000")
+    load_settings()
