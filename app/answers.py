@@ -1,15 +1,17 @@
 """From one image's outputs to what people read: the answer, what each stage said and counted, what layers drew on."""
 
+import base64
+import math
 from collections.abc import Sequence
-from math import isnan
 
 import numpy as np
 
 from app.errors import InferenceError
 from app.inference import Network, Outputs
-from app.schemas import Interpretation, LayerAttention, Prediction, StageAnswer
-from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LAYER_ATTENTION, LOGITS, ModelCard
-from model.explain import contributions, shares, softmax
+from app.schemas import Interpretation, LayerAttention, Maps, Prediction, SeenBox, StageAnswer, StageMaps
+from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LAYER_ATTENTION, LOGITS, ModelCard, branch_map_name
+from model.explain import contribution_maps, contributions, shares, softmax
+from model.images import Seen
 
 RANKING = "ranking"
 """int (N, 1 + B, K): classes, most confident first, of the fused answer and then of each stage's reading."""
@@ -18,6 +20,9 @@ CONFIDENCES = "confidences"
 WEIGHTS, CONTRIBUTIONS, SHARES = "weights", "contributions", "shares"
 """float64 (N, B): each stage's, for the class of the fused answer."""
 READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES)
+
+ALL_CLASSES = 32
+"""Up to so many, maps are sent of every class."""
 
 
 class Interpreter:
@@ -29,11 +34,15 @@ class Interpreter:
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
+        self._map_names = [branch_map_name(branch) for branch in range(len(card.stages))]
+        self.map_values = len(card.classes) * sum(math.prod(stage.map_size) for stage in card.stages)
+        """Of one image, over all stages."""
         self._scales = np.concatenate([np.full((1, len(card.classes)), 1 / card.temperature), card.reading_scales])
 
-    def wanted(self, layers: bool = False) -> list[str]:
-        """Names of the outputs that `interpret` takes."""
-        return [*READ_OUTPUTS, *([LAYER_ATTENTION] if layers else [])]
+    def wanted(self, layers: bool = False, maps: bool = False) -> list[str]:
+        """Names of the outputs that `interpret` takes and, with `maps`, `contribution_maps` and `maps`."""
+        names = [*READ_OUTPUTS, *([LAYER_ATTENTION] if layers else [])]
+        return [*names, BRANCH_WEIGHTS, *self._map_names] if maps else names
 
     def read(self, outputs: Outputs) -> Outputs:
         """`READ_OUTPUTS` of a batch, from the network's logits, branch logits and branch weights."""
@@ -79,7 +88,7 @@ class Interpreter:
             )
         ]
         fused, *readings = rankings
-        if isnan(fused[0]["confidence"]):
+        if math.isnan(fused[0]["confidence"]):
             raise _not_finite()
         answer = fused[0]["index"]
         stages = [
@@ -112,6 +121,32 @@ class Interpreter:
         if LAYER_ATTENTION in outputs:
             interpretation["layer_attention"] = self._layer_attention(outputs[LAYER_ATTENTION][image])
         return interpretation
+
+    def contribution_maps(self, outputs: Outputs, image: int) -> list[np.ndarray]:
+        """Of one image: for each stage (K, h, w), as `model.explain.contribution_maps`."""
+        return contribution_maps([outputs[name][image] for name in self._map_names], outputs[BRANCH_WEIGHTS][image])
+
+    def maps(self, outputs: Outputs, image: int, said: Interpretation, box: Seen) -> Maps:
+        """One image's contribution maps as they are sent.
+
+        Args:
+            outputs: those `wanted`, of a batch.
+            image: its place in the batch.
+            said: what `interpret` made of the image; of a model of many classes, only the listed ones are sent.
+            box: what of the upright image the network saw.
+        """
+        classes = list(range(len(self._card.classes)))
+        if len(classes) > ALL_CLASSES:
+            listed = [said["top_k"], *(stage["top_k"] for stage in said["stages"])]
+            classes = sorted({prediction["index"] for top_k in listed for prediction in top_k})
+        stages = []
+        for stage, values in zip(self._card.stages, self.contribution_maps(outputs, image), strict=True):
+            planes = np.concatenate([values[classes], values.mean(axis=0, keepdims=True)]).astype("<f4", copy=False)
+            text = base64.b64encode(planes.tobytes()).decode("ascii")
+            stages.append(StageMaps(name=stage.name, shape=list(planes.shape), values=text))
+        return Maps(
+            box=SeenBox(left=box.left, top=box.top, right=box.right, bottom=box.bottom), classes=classes, stages=stages
+        )
 
     def _layer_attention(self, weights: np.ndarray) -> list[LayerAttention]:
         """One image's rows (L, S), named by the card."""

@@ -3,13 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
-from fastapi.staticfiles import StaticFiles
 from PIL import Image
 
+from app.bodies import BodyBudget
 from app.cpus import usable_cpus
 from app.decoders import Decoders
 from app.errors import HANDLERS
@@ -17,7 +15,7 @@ from app.manager import Manager
 from app.metrics import Gauges
 from app.middleware import (
     AccessMiddleware,
-    BodyTimeoutMiddleware,
+    BodyMiddleware,
     CorsMiddleware,
     RequestIdMiddleware,
     RootPathMiddleware,
@@ -25,7 +23,7 @@ from app.middleware import (
 from app.openapi import DocumentedApp
 from app.refusals import Pace
 from app.repository import Repository, load_repository
-from app.routes import health, metrics, models, predict, v2
+from app.routes import explain, health, metrics, models, page, predict, v2
 from app.security import KeyMiddleware, load_keys
 from app.settings import Settings, load_settings
 from app.tracing import FASTAPI_TELEMETRY, start_tracing
@@ -77,7 +75,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     if settings:
         _configure(app, settings)
     for middleware in (  # the first is the innermost
-        BodyTimeoutMiddleware,
+        BodyMiddleware,
         KeyMiddleware,
         CorsMiddleware,
         RootPathMiddleware,
@@ -85,23 +83,19 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         AccessMiddleware,
     ):
         app.add_middleware(middleware)
-    for routes in (predict, models, v2, health, metrics):
+    for routes in (page, predict, explain, models, v2, health, metrics):
         app.include_router(routes.router)
-    app.add_api_route("/", _to_docs, include_in_schema=False)
-    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
+    app.mount("/static", page.PageFiles(), name="static")
     return app
 
 
 def _configure(app: FastAPI, settings: Settings) -> Settings:
     """Raises what is wrong with keys and tracing, at once where the settings are given rather than read."""
     app.state.settings = settings
+    app.state.bodies = BodyBudget(settings.max_total_bytes)
     app.state.keys = load_keys(settings)
     app.state.end_tracing = start_tracing(settings)
     return settings
-
-
-async def _to_docs() -> RedirectResponse:
-    return RedirectResponse("docs")  # relative, so that it holds behind a path prefix
 
 
 app = create_app()

@@ -36,7 +36,7 @@ REQUEST_SECONDS = Histogram(
 IN_FLIGHT = Gauge("interflow_requests_in_flight", "Requests that are being handled.", multiprocess_mode="livesum")
 STEP_SECONDS = Histogram(
     "interflow_step_seconds",
-    "Parts of an answer: decode, queue, inference, interpret.",
+    "Parts of an answer: decode, queue, inference, interpret, draw.",
     ["model", "step"],
     buckets=_SECONDS,
 )

@@ -91,6 +91,48 @@ class LayerAttention(TypedDict):
     sources: list[LayerSource]
 
 
+class SeenBox(TypedDict):
+    """What of the upright image the network saw, as fractions of its width and height.
+
+    All of it is 0, 0, 1, 1; where the input was padded, it reaches beyond.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class StageMaps(TypedDict):
+    """Where in the image one stage's contributions come from."""
+
+    name: str
+    shape: Annotated[list[int], Field(min_length=3, max_length=3, description="planes, height and width")]
+    values: Annotated[
+        str,
+        Field(
+            description="base64 of little-endian float32, planes first and rows last. One plane for each of `classes`, "
+            "which sums to the stage's contribution to that class's fused logit; then their mean over all classes of "
+            "the model: the evidence of a class is its plane less that one"
+        ),
+    ]
+
+
+class Maps(TypedDict):
+    """The fused logits as sums over stages and positions: exact on the grid of each stage, whose cells are no pixels
+    (a deep cell saw much of the image)."""
+
+    box: Annotated[SeenBox, Field(description="where in the upright image all grids lie")]
+    classes: Annotated[
+        list[int],
+        Field(
+            description="indices, ascending: all classes where there are at most 32, else those listed in `top_k` of "
+            "the answer and of its stages"
+        ),
+    ]
+    stages: Annotated[list[StageMaps], Field(description="from shallow to deep")]
+
+
 class Timing(TypedDict):
     """Milliseconds since the request's body was read."""
 
@@ -113,6 +155,7 @@ class Interpretation(TypedDict):
             Field(description="only where `layers=true` asked for it: what the blocks drew on, in the network's order"),
         ]
     ]
+    maps: NotRequired[Annotated[Maps, Field(description="only where `explain=maps` asked for them")]]
 
 
 class Answer(Interpretation):

@@ -13,8 +13,11 @@ from app.errors import HANDLERS, ManagementOffError, UnauthorizedError
 from app.settings import Settings, SettingsError
 from model.contract import InterflowError
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
-"""What needs no key: probes and Prometheus seldom bear one, and these tell nothing about an image."""
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+"""What needs no key: probes and Prometheus seldom bear one, and these tell nothing about an image. Nor does the page,
+which asks for a key itself."""
+OPEN_FILES = "/static/"
+"""What the page is made of, open as well."""
 
 KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -108,7 +111,8 @@ class KeyMiddleware:
         if scope["type"] == "http":
             keys: Keys = scope["app"].state.keys
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if keys.needed and path not in OPEN_PATHS and not keys.admits(Headers(scope=scope)):
+            is_open = path in OPEN_PATHS or path.startswith(OPEN_FILES)
+            if keys.needed and not is_open and not keys.admits(Headers(scope=scope)):
                 error = UnauthorizedError(
                     "this server takes requests with a key, and this one has none that it knows. Send it as "
                     "`Authorization: Bearer <key>` or `X-API-Key: <key>`."

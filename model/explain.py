@@ -1,9 +1,11 @@
 """What each stage said and how much it counted: exact, from the outputs of one forward pass. No torch here.
 
-Arrays are (images N, branches B, classes K). Why a stage is never judged by its raw logits or raw weight: the pairs
-(w, z) and (-w, -z), or (s w, z / s), are the same network. Every quantity below is unchanged by such a flip or
-rescaling.
+Arrays are (images N, branches B, classes K), maps (N, K, h, w) for each stage. Why a stage is never judged by its raw
+logits or raw weight: the pairs (w, z) and (-w, -z), or (s w, z / s), are the same network. Every quantity below is
+unchanged by such a flip or rescaling.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,3 +62,95 @@ def shares(stage_contributions: np.ndarray, answers: np.ndarray) -> np.ndarray:
     magnitude = np.abs(evidence(np.asarray(stage_contributions, np.float64))[np.arange(len(answers)), :, answers])
     total = magnitude.sum(axis=1, keepdims=True)
     return np.divide(magnitude, total, out=np.full_like(magnitude, 1 / magnitude.shape[1]), where=total > 0)
+
+
+def contribution_maps(branch_maps: Sequence[np.ndarray], branch_weights: np.ndarray) -> list[np.ndarray]:
+    """Where each contribution comes from: w_i * map_i / (h * w). Sums over the positions to `contributions`, exactly.
+
+    Args:
+        branch_maps: one of (N, K, h, w) for each of the B stages; their means are the branch logits.
+        branch_weights: (N, B, K) or (B, K).
+
+    Returns:
+        As `branch_maps`; the sum over stages and positions is the fused logit.
+    """
+    weights = np.moveaxis(np.asarray(branch_weights)[..., np.newaxis, np.newaxis], -4, 0)  # (B, [N,] K, 1, 1)
+    return [
+        weight * branch_map / (branch_map.shape[-2] * branch_map.shape[-1])
+        for weight, branch_map in zip(weights, branch_maps, strict=True)
+    ]
+
+
+def evidence_maps(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Contribution maps less their mean over the classes, which sum over the positions to `evidence`.
+
+    The difference of two classes' maps is the same before and after, and is all that they are told apart by.
+    """
+    return [values - values.mean(axis=-3, keepdims=True) for values in maps]
+
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+"""The box of a network that saw all of the image, and nothing else."""
+
+
+def spread(maps: np.ndarray, size: tuple[int, int], box: Sequence[float] = WHOLE) -> np.ndarray:
+    """Contribution, evidence or difference maps on the grid of an image, with what was done to its size undone.
+
+    Exact: the result sums to what the map sums to, less what lies outside the image (where `box` reaches beyond it).
+    For the eye: where within a cell's surroundings its value is put, which is where bilinear interpolation puts it.
+
+    Args:
+        maps: (..., h, w), on the grid of a stage.
+        size: height and width of the result.
+        box: left, top, right and bottom of what the network saw, as fractions of the image (`model.images.seen`).
+
+    Returns:
+        float64 (..., height, width); 0 where the network did not see.
+    """
+    left, top, right, bottom = box
+    rows = _spreading(maps.shape[-2], _cell_edges(size[0], maps.shape[-2], top, bottom))
+    columns = _spreading(maps.shape[-1], _cell_edges(size[1], maps.shape[-1], left, right))
+    return rows @ maps @ columns.T
+
+
+def fused_map(maps: Sequence[np.ndarray], size: tuple[int, int], box: Sequence[float] = WHOLE) -> np.ndarray:
+    """All stages' maps on one grid, summed: as `spread`, which says what is exact."""
+    return np.sum([spread(values, size, box) for values in maps], axis=0)
+
+
+def density(spread_maps: np.ndarray, box: Sequence[float] = WHOLE) -> np.ndarray:
+    """What a picture of a map shows: by place, what the map would sum to if all places were like this one.
+
+    Its mean over what the network saw is what the map sums to, so that stages of any grid have one scale, in logits.
+
+    Args:
+        spread_maps: (..., height, width), as `spread` and `fused_map` gave it.
+        box: the same.
+
+    Returns:
+        As `spread_maps`; NaN where the network did not see.
+    """
+    height, width = spread_maps.shape[-2:]
+    left, top, right, bottom = box
+    parts = np.outer(np.diff(_cell_edges(height, 1, top, bottom)), np.diff(_cell_edges(width, 1, left, right)))
+    return np.divide(spread_maps, parts, out=np.full(spread_maps.shape, np.nan), where=parts > 0)
+
+
+def _cell_edges(pixels: int, cells: int, start: float, end: float) -> np.ndarray:
+    """(pixels + 1,): where the edges of pixels lie on the axis of a map that covers start..end of them, in cells."""
+    return np.clip((np.linspace(0, 1, pixels + 1) - start) / (end - start), 0, 1) * cells
+
+
+def _spreading(cells: int, edges: np.ndarray) -> np.ndarray:
+    """(P, cells): the part of each cell's value that each of P intervals gets; a whole cell's parts sum to 1.
+
+    They are the integrals of bilinear interpolation, whose hat around a cell's middle has area 1. At the ends it goes
+    on as the outermost cell has it, as if there were one more of the same.
+    """
+    middles = np.arange(-1, cells + 1) + 0.5
+    distance = np.clip(edges[:, np.newaxis] - middles, -1, 1)
+    below = 0.5 + distance - np.sign(distance) * distance**2 / 2  # area of the hat up to there
+    parts = np.diff(below, axis=0)
+    parts[:, 1] += parts[:, 0]
+    parts[:, -2] += parts[:, -1]
+    return parts[:, 1:-1]

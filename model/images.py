@@ -8,6 +8,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -25,6 +26,9 @@ MOST_SIDE = 65_535
 MOST_SCANS = 100
 """Of a JPEG; libtiff's limit, too, and encoders write up to 15. Each goes through all pixels again: in a few megabytes
 are enough for hours."""
+MOST_RUN_LENGTH = 4_000_000
+"""Pixels, and bytes, of a run-length encoded BMP: Pillow decodes it in Python, 0.35 s for a megabyte, and 0.1 s for a
+megapixel of a few bytes."""
 
 MARGIN = 2
 """A JPEG is decoded at no less than this many times the input's size, and resized from there. On photographs of 0.2 to
@@ -33,6 +37,19 @@ pixels a side); with 1 by 0.9, at most 27. The same bytes give the same pixels, 
 
 Box = tuple[float, float, float, float]
 """A part of an image: left, top, right and bottom in pixels, which may be fractions."""
+
+
+class Seen(NamedTuple):
+    """What of an upright image the network's input shows, as fractions of its width and height.
+
+    All of it is (0, 0, 1, 1); where the input was padded, it reaches beyond.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
 
 _TURNS: dict[int, tuple[Image.Transpose | None, tuple[int, int, int, int]]] = {
     1: (None, (0, 1, 2, 3)),
@@ -91,6 +108,15 @@ def _require_sane(image: ImageFile.ImageFile, max_pixels: int) -> None:
         )
     if max(width, height) > MOST_SIDE:
         raise ImageTooLargeError(f"the image is {width}x{height}; the limit is {MOST_SIDE} pixels a side.")
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile) and image.fp is not None:
+        position = image.fp.tell()
+        size = image.fp.seek(0, io.SEEK_END)
+        image.fp.seek(position)
+        if max(held, size) > MOST_RUN_LENGTH:
+            raise ImageTooLargeError(
+                f"the BMP is run-length encoded ({held / 1e6:.1f} MP in {size} bytes); the limit of those is "
+                f"{MOST_RUN_LENGTH / 1e6:g} MP and {MOST_RUN_LENGTH} bytes. Save it uncompressed, or as PNG."
+            )
     if image.format in ("JPEG", "MPO") and image.fp is not None:
         position = image.fp.tell()
         image.fp.seek(0)
@@ -165,20 +191,47 @@ def to_input(image: Image.Image, spec: InputSpec, box: Box | None = None) -> np.
     if image.size == size:
         fitted = image
     elif spec.resize == "crop":
-        kept_width = min(width, height * spec.width / spec.height)
-        kept_height = min(height, width * spec.height / spec.width)
+        kept_width, kept_height = _kept(width, height, spec)
         left, top = box[0] + (width - kept_width) / 2, box[1] + (height - kept_height) / 2
         fitted = image.resize(
             size, resample, (left, top, min(left + kept_width, box[2]), min(top + kept_height, box[3]))
         )
     elif spec.resize == "pad":
-        scale = min(spec.width / width, spec.height / height)
-        inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resample, box)
+        left, top, inner_width, inner_height = _inside(width, height, spec)
         fitted = Image.new(image.mode, size)
-        fitted.paste(inner, ((spec.width - inner.width) // 2, (spec.height - inner.height) // 2))
+        fitted.paste(image.resize((inner_width, inner_height), resample, box), (left, top))
     else:
         fitted = image.resize(size, resample, box)
     return np.asarray(fitted, np.uint8).reshape(spec.height, spec.width, spec.channels)
+
+
+def seen(width: float, height: float, spec: InputSpec) -> Seen:
+    """What of an upright image of this size `to_input` shows the network: where a place in its input lies there."""
+    if spec.resize == "crop":
+        kept_width, kept_height = _kept(width, height, spec)
+        left, top = (1 - kept_width / width) / 2, (1 - kept_height / height) / 2
+        return Seen(left, top, 1 - left, 1 - top)
+    if spec.resize == "pad":
+        left, top, inner_width, inner_height = _inside(width, height, spec)
+        return Seen(
+            -left / inner_width,
+            -top / inner_height,
+            (spec.width - left) / inner_width,
+            (spec.height - top) / inner_height,
+        )
+    return Seen(0, 0, 1, 1)
+
+
+def _kept(width: float, height: float, spec: InputSpec) -> tuple[float, float]:
+    """Width and height of what `crop` leaves of an image."""
+    return min(width, height * spec.width / spec.height), min(height, width * spec.height / spec.width)
+
+
+def _inside(width: float, height: float, spec: InputSpec) -> tuple[int, int, int, int]:
+    """Left, top, width and height of an image in the input that `pad` makes of it, in the input's pixels."""
+    scale = min(spec.width / width, spec.height / height)
+    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+    return (spec.width - inner_width) // 2, (spec.height - inner_height) // 2, inner_width, inner_height
 
 
 def input_of(image: Image.Image, spec: InputSpec) -> np.ndarray:
@@ -189,17 +242,52 @@ def input_of(image: Image.Image, spec: InputSpec) -> np.ndarray:
     Raises:
         ImageError: damaged.
     """
-    side = MARGIN * max(spec.width, spec.height)
-    with _refused():
-        drafted = image.draft(None, (side, side)) if min(image.size) >= 2 * side else None  # None of what is no JPEG
-        box = None if drafted is None else _shown(drafted[1], image)
-    return to_input(decode_image(image, spec.channels), spec, box)
+    return _input_and_seen(image, spec)[0]
 
 
 def read_input(source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Open, decode and resize: uint8 (height, width, channels). Raises as `open_image` and `input_of`."""
     with open_image(source, max_pixels) as image:
         return input_of(image, spec)
+
+
+def read_input_and_seen(
+    source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[np.ndarray, Seen]:
+    """As `read_input`, and what of the upright image the input shows."""
+    with open_image(source, max_pixels) as image:
+        return _input_and_seen(image, spec)
+
+
+def read_picture(source: bytes | Path, side: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Open and decode an image to be shown: upright, in RGB, its longer side brought to `side` pixels.
+
+    Smaller ones are enlarged without smoothing, so that their pixels stay to be seen.
+
+    Raises:
+        ImageError, ImageTooLargeError: as `open_image` and `decode_image`.
+    """
+    with open_image(source, max_pixels) as image:
+        upright, box = _decode_at_least(image, 3, side)
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = side / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return upright.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS, box)
+
+
+def _input_and_seen(image: Image.Image, spec: InputSpec) -> tuple[np.ndarray, Seen]:
+    upright, box = _decode_at_least(image, spec.channels, MARGIN * max(spec.width, spec.height))
+    return to_input(upright, spec, box), seen(box[2] - box[0], box[3] - box[1], spec)
+
+
+def _decode_at_least(image: Image.Image, channels: int, side: int) -> tuple[Image.Image, Box]:
+    """As `decode_image`, and what of the result counts. A large JPEG is decoded smaller by 2, 4 or 8, but so that its
+    shorter side keeps `side` pixels."""
+    with _refused():
+        drafted = image.draft(None, (side, side)) if min(image.size) >= 2 * side else None  # None of what is no JPEG
+        box = None if drafted is None else _shown(drafted[1], image)
+    upright = decode_image(image, channels)
+    return upright, box or (0, 0, *upright.size)
 
 
 def _orientation(image: Image.Image) -> int:

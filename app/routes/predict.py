@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -23,7 +23,7 @@ from app.errors import (
     problem_of,
     problem_responses,
 )
-from app.inference import Inferred
+from app.inference import Inferred, Outputs
 from app.presence import while_connected
 from app.repository import LoadedModel, Repository
 from app.routes.models import ModelQuery
@@ -32,7 +32,7 @@ from app.settings import Settings
 from app.telemetry import record_image
 from app.upload import BATCH_REQUEST_BODY, REQUEST_BODY, read_image, read_images, require_bytes
 from model.contract import InterflowError
-from model.images import ImageError
+from model.images import ImageError, Seen, read_input_and_seen
 
 
 class PredictQuery(ModelQuery):
@@ -42,6 +42,10 @@ class PredictQuery(ModelQuery):
     layers: Annotated[
         bool, Field(description="say what the network's own layer attention drew on, too; 422 where it has none")
     ] = False
+    explain: Annotated[
+        Literal["none", "maps"],
+        Field(description="maps: where in the image each stage's contributions come from, as numbers, too"),
+    ] = "none"
 
 
 class QueryRoute(APIRoute):
@@ -59,7 +63,16 @@ class QueryRoute(APIRoute):
         return handle
 
 
+class Decoded(NamedTuple):
+    """An image as the network takes it and, where maps are wanted, what of it that shows."""
+
+    pixels: np.ndarray
+    seen: Seen | None
+
+
 NO_QUERY = PredictQuery()
+INLINE_VALUES = 100_000
+"""Maps of up to so many numbers are written out in the event loop, in some tenths of a millisecond."""
 
 router = APIRouter(tags=["predict"], route_class=QueryRoute)
 
@@ -73,25 +86,25 @@ router = APIRouter(tags=["predict"], route_class=QueryRoute)
 async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
     """Classify one image, and say what each stage of the network believes and how much it counted.
 
-    With `layers`, also what its blocks drew on, where they have attention of their own (AFI, MRLA, AFF).
+    With `layers`, also what its blocks drew on, where they have attention of their own (AFI, MRLA, AFF). With
+    `explain=maps`, also the exact sum over stages and positions that each fused logit is.
     """
     deadline = deadline_of(request)
     model = _model(request, query)
-    decoders: Decoders = request.app.state.decoders
-    decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
+    request.app.state.decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
     model.inference.require_room()
     source = await read_image(request, request.app.state.settings.max_bytes)
     received = time.perf_counter()
 
-    async def ask() -> tuple[float, Inferred]:
-        pixels = await decoders.decode(source, model.card.input, deadline)
+    async def ask() -> Answer:
+        image = await _decode(request, model, query, source, deadline)
         decoded = time.perf_counter()
-        wanted = model.interpreter.wanted(query.layers)
-        return decoded, await model.inference.infer(pixels[np.newaxis], wanted, deadline)
+        wanted = model.interpreter.wanted(query.layers, query.explain == "maps")
+        inferred = await model.inference.infer(image.pixels[np.newaxis], wanted, deadline)
+        interpretation = await _interpret(request, model, query, inferred.outputs, image)
+        return _answer(request, model, interpretation, inferred, (received, decoded))
 
-    decoded, inferred = await while_connected(request, ask())
-    interpretation = model.interpreter.interpret(inferred.outputs, 0, query.top_k)
-    answer = _answer(request, model, interpretation, inferred, (received, decoded))
+    answer = await while_connected(request, ask())
     return Response(to_json(answer), media_type="application/json")
 
 
@@ -111,41 +124,72 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
     settings: Settings = request.app.state.settings
     sources = await read_images(request, settings.max_batch_bytes, settings.max_queue)
     received = time.perf_counter()
-    decoders: Decoders = request.app.state.decoders
-    decoders.require_room(len(sources))
+    request.app.state.decoders.require_room(len(sources))
     model.inference.require_room(len(sources))
 
-    async def decode(source: bytes) -> np.ndarray | InterflowError:
+    async def decode(source: bytes) -> Decoded | InterflowError:
         try:
             require_bytes(source, settings.max_bytes)
-            return await decoders.decode(source, model.card.input, deadline, inline=False)
+            return await _decode(request, model, query, source, deadline, inline=False)
         except (EmptyImageError, TooManyBytesError, ImageError) as error:
             return error
 
-    async def ask() -> tuple[Sequence[np.ndarray | InterflowError], float, Inferred | None]:
+    async def ask() -> Sequence[Answer | Problem]:
         decodings = await asyncio.gather(*map(decode, sources))
         decoded = time.perf_counter()
-        images = [decoding for decoding in decodings if isinstance(decoding, np.ndarray)]
-        if not images:
-            return decodings, decoded, None
-        wanted = model.interpreter.wanted(query.layers)
-        return decodings, decoded, await model.inference.infer(np.stack(images), wanted, deadline)
+        images = [decoding for decoding in decodings if isinstance(decoding, Decoded)]
+        maps = query.explain == "maps"
+        wanted = model.interpreter.wanted(query.layers, maps)
+        answers: list[Answer | Problem] = []
+        # maps of many classes are large: no more at a time than run at a time
+        step = model.runtime.max_batch if maps else max(1, len(images))
+        for start in range(0, len(images), step):
+            part = images[start : start + step]
+            inferred = await model.inference.infer(np.stack([image.pixels for image in part]), wanted, deadline)
+            for place, image in enumerate(part):
+                try:
+                    said = await _interpret(request, model, query, inferred.outputs, image, place=place)
+                    answers.append(_answer(request, model, said, inferred, (received, decoded)))
+                except InferenceError as error:
+                    answers.append(problem_of(request, error))
+                await asyncio.sleep(0)  # others get their turn between two of many images
+        own = iter(answers)
+        return [next(own) if isinstance(decoding, Decoded) else problem_of(request, decoding) for decoding in decodings]
 
-    decodings, decoded, inferred = await while_connected(request, ask())
-    results: list[Answer | Problem] = []
-    image = 0
-    for decoding in decodings:
-        if isinstance(decoding, InterflowError):
-            results.append(problem_of(request, decoding))
-        elif inferred is not None:
-            try:
-                interpretation = model.interpreter.interpret(inferred.outputs, image, query.top_k)
-                results.append(_answer(request, model, interpretation, inferred, (received, decoded)))
-            except InferenceError as error:
-                results.append(problem_of(request, error))
-            image += 1
-            await asyncio.sleep(0)  # others get their turn between two of many images
+    results = list(await while_connected(request, ask()))
     return Response(to_json(BatchAnswer(results=results)), media_type="application/json")
+
+
+async def _decode(
+    request: Request,
+    model: LoadedModel,
+    query: PredictQuery,
+    source: bytes,
+    deadline: float | None,
+    *,
+    inline: bool = True,
+) -> Decoded:
+    """Raises as `Decoders.decode`."""
+    decoders: Decoders = request.app.state.decoders
+    if query.explain == "none":
+        return Decoded(await decoders.decode(source, model.card.input, deadline, inline=inline), None)
+    max_pixels = request.app.state.settings.max_pixels
+    return Decoded(*await decoders.run(read_input_and_seen, source, model.card.input, max_pixels, deadline=deadline))
+
+
+async def _interpret(
+    request: Request, model: LoadedModel, query: PredictQuery, outputs: Outputs, image: Decoded, *, place: int = 0
+) -> Interpretation:
+    """What the network's outputs say of an image, by its place in the batch; with maps, where they are wanted."""
+    interpreter = model.interpreter
+    interpretation = interpreter.interpret(outputs, place, query.top_k)
+    if image.seen is not None:
+        arguments = (outputs, place, interpretation, image.seen)
+        if interpreter.map_values <= INLINE_VALUES:
+            interpretation["maps"] = interpreter.maps(*arguments)
+        else:
+            interpretation["maps"] = await request.app.state.decoders.run(interpreter.maps, *arguments)
+    return interpretation
 
 
 def _query(request: Request) -> PredictQuery:

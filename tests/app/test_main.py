@@ -51,12 +51,6 @@ def test_a_start_that_fails_says_why(monkeypatch, tmp_path):
         start(create_app())
 
 
-def test_the_root_leads_to_the_documentation(colours):
-    answer = colours.get("/", follow_redirects=True)
-    assert answer.status_code == 200
-    assert answer.url.path == "/docs"
-
-
 def test_static_files_are_served_and_nothing_above_them(colours):
     for path in (
         "/static/nothing.png",
@@ -73,7 +67,13 @@ def test_openapi_tells_both_forms_of_request_and_the_form_of_errors(colours):
     document = colours.get("/openapi.json").json()
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
-    assert [parameter["name"] for parameter in predict["parameters"]] == ["model", "version", "top_k", "layers"]
+    assert [parameter["name"] for parameter in predict["parameters"]] == [
+        "model",
+        "version",
+        "top_k",
+        "layers",
+        "explain",
+    ]
     for path, statuses in ERRORS.items():
         (operation,) = document["paths"][path].values()
         assert set(operation["responses"]) == statuses | {"200"}
@@ -87,4 +87,4 @@ def test_openapi_tells_shares_from_gates_and_that_nobody_gets_them_unasked(colou
     told = schemas["LayerAttention"]["properties"]["kind"]["description"]
     assert "share: the weights sum to 1" in told
     assert "gate (MRLA-light): each is a number in 0..1 by itself, and they do not sum to 1" in told
-    assert set(schemas["Answer"]["properties"]) - set(schemas["Answer"]["required"]) == {"layer_attention"}
+    assert set(schemas["Answer"]["properties"]) - set(schemas["Answer"]["required"]) == {"layer_attention", "maps"}

@@ -39,11 +39,6 @@ def document():
     for path, operations in document["paths"].items():
         if path.endswith("/infer"):
             operations["post"]["requestBody"]["content"]["application/json"]["example"] = {"inputs": [image]}
-        if path.startswith("/predict"):  # what app.upload does not say yet of its forms
-            form = operations["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-            form["additionalProperties"] = False
-            if "images" in form["properties"]:
-                form["properties"]["images"]["minItems"] = 1
     return document
 
 
@@ -61,18 +56,24 @@ def schema(generation, **settings):
         "dictionaries": {
             "model": {"values": ["layered"]},
             "version": {"values": ["1"]},
+            "stage": {"values": ["fused", "conv2"]},
+            "class": {"values": ["red", "2"]},
+            "versus": {"values": ["runner-up", "green"]},
             "reloaded": {"values": ["digits"]},  # the default model stays, or the others would have none
         },
         "parameters": {
             "query.model": half("model"),
             "query.version": half("version"),
+            "query.stage": half("stage"),
+            "query.class": half("class"),
+            "query.versus": half("versus"),
             "path.name": half("model"),
             "path.number": half("version"),
         },
         "operations": [
             {"include-path-regex": "load$", "parameters": {"path.name": half("reloaded")}},
-            # whether a text is the right JSON, or a tensor fits the model
-            {"include-path-regex": "/load$", "checks": more_than_a_schema_says},
+            # whether a text is the right JSON, a tensor fits the model, or it has such a stage or class
+            {"include-path-regex": "/(load|explain)$", "checks": more_than_a_schema_says},
             {
                 "include-path-regex": "/infer$",
                 # a request may allow itself a microsecond

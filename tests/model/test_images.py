@@ -1,11 +1,13 @@
 """Every kind of image Pillow opens, to the same upright 8-bit pixels; by the card's rule, to the network's size."""
 
 import io
+import itertools
+import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 
 from model import images
 from model.contract import InputSpec
@@ -185,6 +187,33 @@ def test_a_file_that_claims_a_gigantic_image_is_too_large(side):
         decode_image(small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:], 3)
 
 
+def run_length_bmp(image, more=b""):
+    """A picture of 256 greys as runs of equal pixels, row by row from below, and whatever comes behind its end."""
+    content = b""
+    for row in np.asarray(image)[::-1].tolist():
+        for grey, run in itertools.groupby(row):
+            whole, rest = divmod(len(list(run)), 255)
+            content += bytes([255, grey]) * whole + bytes([rest, grey]) * (rest > 0)
+        content += b"\0\0"
+    content += b"\0\1" + more
+    header = struct.pack("<IiiHHIIiiII", 40, *image.size, 1, 8, 1, len(content), 0, 0, 256, 0)
+    palette = b"".join(bytes([grey, grey, grey, 0]) for grey in range(256))
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + header + palette + content
+
+
+def test_run_length_encoded_bmps_have_a_limit_of_their_own(cat):
+    """Pillow decodes them in Python: one of 28 kB and 49 megapixels took five seconds."""
+    grey = cat.convert("L")
+    assert difference(decode_image(run_length_bmp(grey), 1), grey) == 0
+    assert decode_image(run_length_bmp(Image.new("L", (2000, 2000), 7)), 1).getextrema() == (7, 7)
+    for refused in (run_length_bmp(Image.new("L", (2001, 2000))), run_length_bmp(grey, more=bytes(4_000_000))):
+        with pytest.raises(
+            ImageTooLargeError, match=r"run-length encoded .* the limit of those is 4 MP and 4000000 bytes"
+        ):
+            open_image(refused)
+    assert open_image(encode(Image.new("L", (2001, 2000)), "BMP")).size == (2001, 2000)
+
+
 @pytest.mark.parametrize("data", [b"", b"\x00", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>" * 50])
 def test_what_is_no_image_is_said_to_be_none(data):
     with pytest.raises(ImageError, match="expected one of JPEG, PNG"):
@@ -285,3 +314,78 @@ def test_only_the_header_is_read_before_the_limit_is_checked(cat):
     assert image.size == (451, 300)
     with pytest.raises(ImageError, match="damaged"):
         images.input_of(image, spec())
+
+
+# What of an image the network saw, and the image as it is shown
+
+
+def painted(cat, size, marker, orientation=1):
+    """The photograph in grey, a white disc at a place (fractions of width and height), stored turned."""
+    width, height = size
+    image = cat.resize(size).point(lambda value: value // 3)
+    x, y, radius = marker[0] * width, marker[1] * height, 0.06 * min(size)
+    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), "white")
+    turn = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180, 5: Image.Transpose.TRANSPOSE}.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image if turn is None else image.transpose(turn), "JPEG", quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("size", [(451, 300), (300, 451), (1301, 700), (700, 1301), (200, 200), (90, 40)])
+@pytest.mark.parametrize("rule", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("input_size", [(64, 64), (40, 72)])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
+def test_a_place_in_the_input_is_found_again_in_the_image(cat, size, rule, input_size, orientation):
+    """Small and large, so that some JPEGs are decoded at a smaller scale."""
+    marker = (0.4, 0.55)
+    data = painted(cat, size, marker, orientation)
+    pixels, seen = images.read_input_and_seen(data, spec(input_size, 1, rule))
+    assert np.array_equal(pixels, read_input(data, spec(input_size, 1, rule)))
+    rows, columns = np.nonzero(pixels[..., 0] > 128)
+    height, width = input_size
+    found = (
+        seen.left + (columns.mean() + 0.5) / width * (seen.right - seen.left),
+        seen.top + (rows.mean() + 0.5) / height * (seen.bottom - seen.top),
+    )
+    one_pixel = max((seen.right - seen.left) / width, (seen.bottom - seen.top) / height)
+    assert found == pytest.approx(marker, abs=0.75 * one_pixel)
+
+
+def test_what_the_rules_show():
+    assert images.seen(400, 300, spec((30, 30), resize="squash")) == (0, 0, 1, 1)
+    assert images.seen(400, 300, spec((30, 30), resize="crop")) == pytest.approx((0.125, 0, 0.875, 1))
+    assert images.seen(300, 400, spec((30, 60), resize="crop")) == pytest.approx((0, 0.3125, 1, 0.6875))
+    assert images.seen(400, 200, spec((40, 40), resize="pad")) == pytest.approx((0, -0.5, 1, 1.5))
+    assert images.seen(200, 400, spec((40, 40), resize="pad")) == pytest.approx((-0.5, 0, 1.5, 1))
+    for rule in ("crop", "pad", "squash"):
+        assert images.seen(60, 30, spec((30, 60), resize=rule)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
+def test_the_border_of_a_padded_input_lies_outside_the_image(size):
+    pixels, seen = images.read_input_and_seen(encode(Image.new("L", size, 255)), spec((32, 32), 1, "pad"))
+    places = (np.arange(32) + 0.5) / 32
+    across = seen.left + places * (seen.right - seen.left)
+    down = seen.top + places * (seen.bottom - seen.top)
+    inside = np.logical_and.outer((down > 0) & (down < 1), (across > 0) & (across < 1))
+    assert np.array_equal(pixels[..., 0] > 0, inside)
+
+
+@pytest.mark.parametrize(("size", "shown"), [((451, 300), (256, 170)), ((1000, 3000), (85, 256)), ((8, 4), (256, 128))])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_is_shown_whole_and_at_the_size_asked_for(cat, size, shown, kind):
+    picture = images.read_picture(encode(cat.resize(size), kind, quality=95), 256)
+    assert (picture.mode, picture.size) == ("RGB", shown)
+    assert difference(picture, cat.resize(size).resize(shown)) < 8
+
+
+def test_a_picture_is_upright_and_bounded(cat):
+    data = painted(cat, (1301, 700), (0.2, 0.7), orientation=6)
+    bright = np.asarray(images.read_picture(data, 200).convert("L")) > 200
+    rows, columns = np.nonzero(bright)
+    height, width = bright.shape
+    assert (columns.mean() / width, rows.mean() / height) == pytest.approx((0.2, 0.7), abs=0.02)
+    for size in ((1, 5000), (5000, 1), (1, 1)):
+        assert max(images.read_picture(encode(Image.new("1", size)), 64).size) == 64
+    with pytest.raises(ImageTooLargeError):
+        images.read_picture(encode(cat), 64, max_pixels=1000)

@@ -114,7 +114,7 @@ def test_exif_orientation(digits):
     assert plain["stages"] != answers[0]["stages"]
 
 
-@pytest.mark.parametrize("query", ["mode=adaptive", "topk=3", "explain=maps", "top_k=1&x=", "a%00b=1", "é=1"])
+@pytest.mark.parametrize("query", ["mode=adaptive", "topk=3", "maps=true", "top_k=1&x=", "a%00b=1", "é=1"])
 def test_a_parameter_that_does_not_exist_is_refused(colours, query):
     assert code(colours.post(f"/predict?{query}", content=solid("red"))) == (422, "unknown_parameter")
 
