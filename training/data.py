@@ -197,7 +197,7 @@ def _download(name: str, named: NamedSet, data_dir: Path, spec: InputSpec) -> Fo
         pixels = pixels.transpose(0, 2, 3, 1) if name == "svhn" else pixels
         tensors += [_to_inputs(pixels, spec), torch.from_numpy(np.asarray(labels, np.int64))]
     classes = named.classes or tuple(part_set.classes)
-    return FoundSet(classes, Split(*tensors[:2]), Split(*tensors[2:]), _digest(*tensors))
+    return FoundSet(classes, Split(tensors[0], tensors[1]), Split(tensors[2], tensors[3]), _digest(*tensors))
 
 
 def _to_inputs(pixels: np.ndarray, spec: InputSpec) -> Tensor:

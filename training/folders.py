@@ -109,7 +109,7 @@ def _decode(
     keep = len(paths) * spec.height * spec.width * spec.channels <= IN_MEMORY_BYTES
     cache = DecodedCache(recipe.data_dir, root, paths, spec) if keep and recipe.cache else None
     if cache and (decoded := cache.load()):
-        return Split(decoded.images, torch.tensor(labels)), decoded.digest, 0
+        return Split(decoded.images, torch.tensor(labels), paths), decoded.digest, 0
     order = torch.arange(len(paths)).split(64)
     good, images, damaged = [], [], []
     digest = hashlib.sha256()
@@ -128,12 +128,13 @@ def _decode(
         )
     if damaged:
         print(f"left out {len(damaged)} of {len(paths)} images; the first: {damaged[0]}")
-    kept = torch.cat(images) if keep else FolderImages([paths[i] for i in good], spec)
+    good_paths = [paths[i] for i in good]
+    kept = torch.cat(images) if keep else FolderImages(good_paths, spec)
     kept_labels = torch.tensor(labels)[good]
     digest.update(kept_labels.numpy().tobytes())
     if cache and isinstance(kept, torch.Tensor) and not damaged:
         cache.save(Decoded(kept, digest.hexdigest()))
-    return Split(kept, kept_labels), digest.hexdigest(), len(damaged)
+    return Split(kept, kept_labels, good_paths), digest.hexdigest(), len(damaged)
 
 
 class _Checked(Dataset[tuple[np.ndarray, dict[int, str], bytes]]):

@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import PowerNorm
+from matplotlib import rcParams
+from matplotlib.colors import Colormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -65,13 +67,18 @@ def plot_weights(rows: list[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_confusion(counts: np.ndarray, classes: tuple[str, ...], path: Path) -> None:
+def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Save `confusion_figure` as a picture."""
+    _save(confusion_figure(counts, classes), path)
+
+
+def confusion_figure(counts: np.ndarray, classes: Sequence[str], colours: str | Colormap = "Blues") -> Figure:
     """Confusion matrix, a row per true class with its recall, coloured by the share of the row.
 
     Args:
         counts: (K, K) images by true class and answer; every class has some.
         classes: (K,) labels.
-        path: of the picture.
+        colours: from none of a class's images to all of them.
     """
     count = len(classes)
     images = counts.sum(axis=1, keepdims=True)
@@ -80,10 +87,10 @@ def plot_confusion(counts: np.ndarray, classes: tuple[str, ...], path: Path) -> 
     figure = Figure(figsize=(side + 3.4, side + 1.8), layout="constrained")
     axes = figure.subplots()
     # the square root of shares: a few mistakes among many images would be white
-    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    picture = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if count <= CLASSES_COUNTED:
         for true, answer in zip(*counts.nonzero(), strict=True):
-            ink = "white" if shares[true, answer] > 40 else "black"
+            ink = "white" if shares[true, answer] > 40 else rcParams["text.color"]
             axes.text(answer, true, f"{counts[true, answer]}", color=ink, ha="center", va="center", fontsize="small")
     every = math.ceil(count / CLASSES_NAMED)
     ticks = np.arange(0, count, every)
@@ -96,7 +103,7 @@ def plot_confusion(counts: np.ndarray, classes: tuple[str, ...], path: Path) -> 
     right.set_yticks(ticks, [f"{shares[i, i]:.0f} % of {images[i, 0]}" for i in ticks], fontsize=size)
     right.set_ylabel("recall")
     figure.colorbar(picture, ax=axes, label="of the class's images, %", shrink=min(1.0, 5 / side))
-    _save(figure, path)
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:

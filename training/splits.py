@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Split:
 
     images: Tensor | FolderImages
     labels: Tensor
+    paths: Sequence[Path] | None = None
+    """The images' files, also of those in memory; None of a set that has none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,14 +71,15 @@ class Split:
 
     def to(self, device: torch.device) -> "Split":
         """Images in memory on that device; files, and the labels, stay where they are."""
-        return Split(self.images.to(device), self.labels) if isinstance(self.images, Tensor) else self
+        return replace(self, images=self.images.to(device)) if isinstance(self.images, Tensor) else self
 
     def subset(self, indices: Tensor) -> "Split":
         """These images only."""
+        paths = None if self.paths is None else [self.paths[i] for i in indices.tolist()]
         if isinstance(self.images, Tensor):
-            return Split(self.images[indices], self.labels[indices])
-        paths = [self.images.paths[i] for i in indices.tolist()]
-        return Split(FolderImages(paths, self.images.spec), self.labels[indices])
+            return Split(self.images[indices], self.labels[indices], paths)
+        files = [self.images.paths[i] for i in indices.tolist()]
+        return Split(FolderImages(files, self.images.spec), self.labels[indices], paths)
 
 
 def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float) -> tuple[Tensor, Tensor]:
