@@ -73,13 +73,20 @@ class Decoders:
         if left_s is not None and left_s <= 0:
             raise DeadlineError
         self._inside += 1
+        job = [arguments]  # the pool holds who gave up until a thread comes by, but not the image any more
+        del arguments
+
+        def call() -> Result:
+            return function(*job.pop())
+
         try:
             async with asyncio.timeout(left_s):
-                return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+                return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except TimeoutError as error:
             raise DeadlineError from error
         finally:
             self._inside -= 1
+            job.clear()
 
     def require_room(self, images: int = 1) -> None:
         """To be asked before so many are decoded; a batch larger than the queue is taken when nothing waits.

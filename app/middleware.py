@@ -17,6 +17,8 @@ from app.metrics import record_request
 REQUEST_ID_HEADER = "X-Request-ID"
 _HEADER = REQUEST_ID_HEADER.lower().encode()
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+EXPLANATION_HEADERS = tuple(f"X-Interflow-{name}" for name in ("Class", "Versus", "Sum", "Limit"))
+"""Of the pictures of /explain."""
 NO_ROUTE = "none"
 """Route, in log and metrics, of requests that none took, and of static files."""
 
@@ -148,7 +150,7 @@ class CorsMiddleware:
                     allow_origins=origins,
                     allow_methods=["GET", "POST"],
                     allow_headers=["*"],
-                    expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+                    expose_headers=[REQUEST_ID_HEADER, "Retry-After", *EXPLANATION_HEADERS],
                 )
             )
         await (self._cors or self.app)(scope, receive, send)

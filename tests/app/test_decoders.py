@@ -1,9 +1,11 @@
 """Images are decoded a bounded number at a time, tiny ones at once; who is late or gone is not decoded at all."""
 
 import asyncio
+import gc
 import io
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -125,3 +127,30 @@ def test_who_is_late_or_cancelled_is_never_decoded(decoders):
     asyncio.run(scenario())
     decoders.close()
     assert sorted(gate.began) == [0, 1]
+
+
+def test_who_gave_up_leaves_no_image_in_the_queue(decoders):
+    """The queue itself drains only as threads come free, and may hold hundreds."""
+
+    class Image:
+        pass
+
+    async def scenario():
+        gate = Gate()
+        busy = [asyncio.create_task(decoders.run(gate.work, number)) for number in range(2)]
+        image = Image()
+        gone = weakref.ref(image)
+        waiting = asyncio.create_task(decoders.run(gate.work, image))
+        del image
+        await settle()
+        assert gone() is not None
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        del waiting
+        gc.collect()
+        assert gone() is None
+        gate.gate.set()
+        assert await asyncio.gather(*busy) == [0, 1]
+        assert sorted(gate.began) == [0, 1]
+
+    asyncio.run(scenario())

@@ -56,6 +56,8 @@ def test_pages_of_the_origins_may_ask_and_others_may_not(below):
         answer = below.get("/models", headers={"Origin": origin})  # errors can be read, too
         assert answer.headers.get("access-control-allow-origin") == expected
         assert answer.headers["x-request-id"]
+    readable = below.get("/models", headers={"Origin": "https://a.example"}).headers["access-control-expose-headers"]
+    assert {"X-Request-ID", "X-Interflow-Sum", "X-Interflow-Limit", "X-Interflow-Class"} <= set(readable.split(", "))
 
 
 def test_without_the_setting_no_page_of_another_origin_may_ask(colours):
