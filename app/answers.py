@@ -7,19 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from app.errors import InferenceError
-from app.inference import Network, Outputs
-from app.schemas import Interpretation, LayerAttention, Maps, Prediction, SeenBox, StageAnswer, StageMaps
+from app.inference import STOPS, Network, Outputs
+from app.schemas import Exit, Interpretation, LayerAttention, Maps, Prediction, SeenBox, StageAnswer, StageMaps
 from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LAYER_ATTENTION, LOGITS, ModelCard, branch_map_name
-from model.explain import contribution_maps, contributions, shares, softmax
+from model.explain import below_highest, contribution_maps, contributions, doubts, shares, softmax
 from model.images import Seen
 
 RANKING = "ranking"
 """int (N, 1 + B, K): classes, most confident first, of the fused answer and then of each stage's reading."""
 CONFIDENCES = "confidences"
-"""float64 (N, 1 + B, K): in the order of the ranking; NaN where an image's logits are not finite."""
+"""float64 (N, 1 + B, K): in the order of the ranking; NaN where an image's logits are not finite, and of stages that
+it did not reach."""
 WEIGHTS, CONTRIBUTIONS, SHARES = "weights", "contributions", "shares"
-"""float64 (N, B): each stage's, for the class of the fused answer."""
-READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES)
+"""float64 (N, B): each stage's, for the class of the answer; the shares only of images that reached the last stage."""
+DOUBTS = "doubts"
+"""float64 (N,): NaN of images that did not reach the last stage, and where the card has no doubt."""
+READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES, DOUBTS, STOPS)
 
 ALL_CLASSES = 32
 """Up to so many, maps are sent of every class."""
@@ -37,7 +40,22 @@ class Interpreter:
         self._map_names = [branch_map_name(branch) for branch in range(len(card.stages))]
         self.map_values = len(card.classes) * sum(math.prod(stage.map_size) for stage in card.stages)
         """Of one image, over all stages."""
-        self._scales = np.concatenate([np.full((1, len(card.classes)), 1 / card.temperature), card.reading_scales])
+        self._unevaluated = [
+            StageAnswer(
+                name=stage.name,
+                depth=stage.depth,
+                prediction=None,
+                top_k=[],
+                weight=None,
+                contribution=None,
+                share=None,
+                agrees=None,
+                evaluated=False,
+            )
+            for stage in card.stages
+        ]
+        self._scales = np.asarray(card.reading_scales)
+        self._doubt = card.doubt.coefficients if card.doubt else None
 
     def wanted(self, layers: bool = False, maps: bool = False) -> list[str]:
         """Names of the outputs that `interpret` takes and, with `maps`, `contribution_maps` and `maps`."""
@@ -45,18 +63,34 @@ class Interpreter:
         return [*names, BRANCH_WEIGHTS, *self._map_names] if maps else names
 
     def read(self, outputs: Outputs) -> Outputs:
-        """`READ_OUTPUTS` of a batch, from the network's logits, branch logits and branch weights."""
+        """`READ_OUTPUTS` of a batch, from the network's logits, branch logits and branch weights.
+
+        The answer to an image that stopped early (`STOPS`) is the reading of that stage.
+        """
         branch_logits, weights = outputs[BRANCH_LOGITS], outputs[BRANCH_WEIGHTS]
+        images, last = np.arange(len(branch_logits)), branch_logits.shape[1] - 1
+        stops = outputs.get(STOPS, np.full(len(images), last))
         # the fused answer and the stages' readings are softmaxes over the same classes: one of all, fused first
-        logits = np.concatenate([outputs[LOGITS][:, np.newaxis], branch_logits], axis=1)
-        broken = ~np.isfinite(logits).all(axis=(1, 2))
-        if broken.any():
-            logits[broken], branch_logits = 0, np.where(broken[:, np.newaxis, np.newaxis], 0, branch_logits)
-        confidences = softmax(self._scales * logits)
-        ranking = np.argsort(-confidences, axis=2, kind="stable")
+        scaled = np.empty((len(images), 2 + last, branch_logits.shape[2]))
+        scaled[:, 0] = below_highest(outputs[LOGITS], self._card.temperature, self._card.power)
+        scaled[:, 1:] = self._scales * branch_logits
+        early = np.flatnonzero(stops < last)
+        scaled[early, 0] = scaled[early, 1 + stops[early]]
+        reached = np.arange(-1, last + 1) <= stops[:, np.newaxis]
+        broken = (reached & ~np.isfinite(scaled).all(axis=2)).any(axis=1, keepdims=True)
+        unknown = ~reached | broken
+        if unknown.any():
+            scaled[unknown] = 0
+            branch_logits = np.where(unknown[:, 1:, np.newaxis], 0, branch_logits)
+        confidences = softmax(scaled)
+        ranking = np.argsort(-scaled, axis=2, kind="stable")
         confidences = np.take_along_axis(confidences, ranking, axis=2)
-        confidences[broken] = np.nan
-        images, answers = np.arange(len(logits)), ranking[:, 0, 0]
+        doubt = np.full(len(images), np.nan)
+        if self._doubt is not None:
+            known = ~unknown.any(axis=1)
+            doubt[known] = doubts(confidences[known, 0], confidences[known, 1:], self._doubt)
+        confidences[unknown] = np.nan
+        answers = ranking[:, 0, 0]
         added = contributions(branch_logits, weights)
         return {
             RANKING: ranking,
@@ -64,15 +98,18 @@ class Interpreter:
             WEIGHTS: weights[images, :, answers],
             CONTRIBUTIONS: added[images, :, answers],
             SHARES: shares(added, answers),
+            DOUBTS: doubt,
+            STOPS: stops,
         }
 
-    def interpret(self, outputs: Outputs, image: int, top_k: int) -> Interpretation:
+    def interpret(self, outputs: Outputs, image: int, top_k: int, *, adaptive: bool = False) -> Interpretation:
         """Put one image's outputs into words.
 
         Args:
             outputs: those `wanted`, of a batch; with those of layers, the answer says what the blocks drew on, too.
             image: its place in the batch.
             top_k: how many classes to list; all where there are fewer.
+            adaptive: the image was allowed to stop early, so that the answer says whether it did.
 
         Raises:
             InferenceError: the network's outputs are not finite.
@@ -87,10 +124,11 @@ class Interpreter:
                 outputs[RANKING][image, :, :top_k], outputs[CONFIDENCES][image, :, :top_k], strict=True
             )
         ]
-        fused, *readings = rankings
-        if math.isnan(fused[0]["confidence"]):
+        said, *readings = rankings
+        if math.isnan(said[0]["confidence"]):
             raise _not_finite()
-        answer = fused[0]["index"]
+        answer, stop = said[0]["index"], int(outputs[STOPS][image])
+        whole = stop == len(self._card.stages) - 1
         stages = [
             StageAnswer(
                 name=stage.name,
@@ -99,25 +137,30 @@ class Interpreter:
                 top_k=reading,
                 weight=weight,
                 contribution=contribution,
-                share=share,
+                share=share if whole else None,
                 agrees=reading[0]["index"] == answer,
                 evaluated=True,
             )
             for stage, reading, weight, contribution, share in zip(
-                self._card.stages,
+                self._card.stages[: stop + 1],
                 readings,
                 outputs[WEIGHTS][image].tolist(),
                 outputs[CONTRIBUTIONS][image].tolist(),
                 outputs[SHARES][image].tolist(),
-                strict=True,
+                strict=False,  # an image that stopped early has more stages than were evaluated
             )
         ]
         interpretation = Interpretation(
-            prediction=fused[0],
-            top_k=fused,
-            stages=stages,
-            agreement=sum(stage["agrees"] for stage in stages) / len(stages),
+            prediction=said[0],
+            top_k=said,
+            stages=[*stages, *self._unevaluated[stop + 1 :]],
+            agreement=sum(stage["agrees"] is True for stage in stages) / len(stages),
         )
+        if self._doubt is not None:
+            interpretation["doubt"] = float(outputs[DOUBTS][image]) if whole else None
+        if adaptive:
+            at = self._card.stages[stop]
+            interpretation["exit"] = None if whole else Exit(stage=at.name, depth=at.depth)
         if LAYER_ATTENTION in outputs:
             interpretation["layer_attention"] = self._layer_attention(outputs[LAYER_ATTENTION][image])
         return interpretation
@@ -179,12 +222,13 @@ class ReadNetwork:
         self._network = network
         self._interpreter = interpreter
 
-    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
         """As `Network.run`."""
         own = [name for name in names if name not in READ_OUTPUTS]
         if len(own) == len(names):
-            return self._network.run(images, names)
-        outputs = self._network.run(images, list(dict.fromkeys([*own, LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS])))
+            return self._network.run(images, names, thresholds)
+        whole = dict.fromkeys([*own, LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS])
+        outputs = self._network.run(images, list(whole), thresholds)
         return {**outputs, **self._interpreter.read(outputs)}
 
 

@@ -63,13 +63,20 @@ class Batcher:
         for lane in self._lanes:
             lane.start()
 
-    async def infer(self, images: np.ndarray, names: Sequence[str], deadline: float | None = None) -> Inferred:
+    async def infer(
+        self,
+        images: np.ndarray,
+        names: Sequence[str],
+        deadline: float | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> Inferred:
         """As `Inference.infer`; who is cancelled leaves the queue."""
         self.require_room(len(images))
         loop = asyncio.get_running_loop()
         asked = time.perf_counter()
         parts = [images[start : start + self._max_batch] for start in range(0, len(images), self._max_batch)]
-        asks = [_Ask(part, names, loop.create_future(), asked, inf if deadline is None else deadline) for part in parts]
+        until = inf if deadline is None else deadline
+        asks = [_Ask(part, names, thresholds, loop.create_future(), asked, until) for part in parts]
         timer = None if deadline is None else loop.call_later(deadline - asked, _expire, asks)
         self._queue.put(asks)
         try:
@@ -107,6 +114,7 @@ class _Ask:
 
     images: np.ndarray
     names: Sequence[str]
+    thresholds: Sequence[float] | None
     answer: asyncio.Future[Inferred]
     asked: float
     deadline: float
@@ -202,7 +210,7 @@ def _run(batch: Sequence[_Ask], network: Network, on_batch: OnBatch | None) -> l
     images = batch[0].images if len(batch) == 1 else np.concatenate([ask.images for ask in batch])
     names = list(dict.fromkeys(name for ask in batch for name in ask.names))
     started = time.perf_counter()
-    outputs = network.run(images, names)
+    outputs = network.run(images, names, _thresholds(batch))
     seconds = time.perf_counter() - started
     if on_batch is not None:
         on_batch(len(images), seconds)
@@ -214,6 +222,15 @@ def _run(batch: Sequence[_Ask], network: Network, on_batch: OnBatch | None) -> l
         answers.append(Inferred(own, 1e3 * (started - ask.asked), 1e3 * seconds, len(images)))
         start = end
     return answers
+
+
+def _thresholds(batch: Sequence[_Ask]) -> np.ndarray | None:
+    """Of each image of a batch, (N, B - 1): requests that may stop early run together with those that may not."""
+    stages = next((len(ask.thresholds) for ask in batch if ask.thresholds is not None), 0)
+    if not stages:
+        return None
+    never = (inf,) * stages
+    return np.concatenate([np.tile(ask.thresholds or never, (len(ask.images), 1)) for ask in batch])
 
 
 def _settle(batch: Sequence[_Ask], result: Sequence[Inferred] | Exception) -> None:

@@ -10,6 +10,7 @@ FieldError                        a form without the one image field, or with ot
 MediaTypeError                    a body that is neither a form nor an image
 ModelNotFoundError                no such model or version loaded
 NoLayerAttentionError             `layers` asked of a network whose layers have no attention of their own
+NoExitError                       an adaptive answer asked of a network that cannot keep what is asked
 QuestionError                     an explanation asked of a stage or class that the model does not have
 NotReadyError                     no model loaded yet
 InferenceError                    the network gave no usable numbers
@@ -69,6 +70,10 @@ class ModelNotFoundError(InterflowError):
 
 class NoLayerAttentionError(InterflowError):
     """Layer attention asked of a network that has none."""
+
+
+class NoExitError(InterflowError):
+    """An answer that may stop early, asked of a network that has no exits, or none that loses so little."""
 
 
 class QuestionError(InterflowError):
@@ -152,6 +157,7 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     MediaTypeError: (415, "unsupported_media_type"),
     ModelNotFoundError: (404, "model_not_found"),
     NoLayerAttentionError: (422, "no_layer_attention"),
+    NoExitError: (422, "no_exit"),
     QuestionError: (422, "invalid_question"),
     NotReadyError: (503, "not_ready"),
     InferenceError: (500, "inference_failed"),

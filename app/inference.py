@@ -9,6 +9,9 @@ import numpy as np
 Outputs = Mapping[str, np.ndarray]
 """Float32 arrays by the artefact's own output names (`model.contract`), each with the images in dimension 0."""
 
+STOPS = "stops"
+"""int (N,), beside the outputs where thresholds were given: index of the stage that answers each image."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
@@ -24,8 +27,14 @@ class Inferred:
 class Network(Protocol):
     """Blocking forward pass; `app.session.Session` is one."""
 
-    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
         """uint8 (N, H, W, C) to the named outputs of N images; called by several threads at a time.
+
+        Args:
+            images: as above.
+            names: of the outputs to compute.
+            thresholds: (N, B - 1), infinite where an image is not to stop: an image stops at the first stage whose
+                reading is as confident as that. What was not computed for it is NaN, and `STOPS` says where it stopped.
 
         Raises:
             InferenceError: the network failed.
@@ -35,13 +44,20 @@ class Network(Protocol):
 class Inference(Protocol):
     """How routes ask a network; `app.batcher.Batcher` is one."""
 
-    async def infer(self, images: np.ndarray, names: Sequence[str], deadline: float | None = None) -> Inferred:
+    async def infer(
+        self,
+        images: np.ndarray,
+        names: Sequence[str],
+        deadline: float | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> Inferred:
         """uint8 (N, H, W, C) to the named outputs of N images, in their order.
 
         Args:
             images: not changed until this returns.
             names: of the outputs; only these are computed and given.
             deadline: moment of `time.perf_counter` after which nobody wants the answer any more.
+            thresholds: B - 1 of these images, as `Network.run`; None: none is to stop early.
 
         Raises:
             QueueFullError: too many images wait; nothing was spent on these.

@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         AccessMiddleware,
     ):
         app.add_middleware(middleware)
-    for routes in (page, predict, explain, models, v2, health, metrics):
+    for routes in (predict, page, explain, models, v2, health, metrics):  # in the order in which they are tried
         app.include_router(routes.router)
     app.mount("/static", page.PageFiles(), name="static")
     return app

@@ -54,6 +54,9 @@ ANSWER_CONFIDENCE = Histogram(
 SHALLOW_DISAGREEMENTS = Counter(
     "interflow_shallow_disagreements", "Answers that a stage before the last reads otherwise.", ["model"]
 )
+ADAPTIVE_ANSWERS = Counter(
+    "interflow_adaptive_answers", "Answers of `mode=adaptive`, by the stage that gave them.", ["model", "stage"]
+)
 STAGE_CONFIDENCE = Histogram(
     "interflow_stage_confidence",
     "Confidence of a stage's reading; agrees: whether it reads the answer's class.",
@@ -95,11 +98,15 @@ def record_answer(model: str, said: Interpretation) -> None:
     confidence.observe(said["prediction"]["confidence"])
     agreed = []
     for stage in said["stages"]:
-        if stage["evaluated"]:
-            agreed.append(stage["agrees"])
-            _of_stage(model, stage["name"], stage["agrees"]).observe(stage["prediction"]["confidence"])
+        prediction, agrees = stage["prediction"], stage["agrees"]
+        if prediction is not None and agrees is not None:  # it was evaluated
+            agreed.append(agrees)
+            _of_stage(model, stage["name"], agrees).observe(prediction["confidence"])
     if not all(agreed[:-1]):
         disagreements.inc()
+    if "exit" in said:
+        stop = said["exit"]
+        _of_exit(model, said["stages"][-1]["name"] if stop is None else stop["stage"]).inc()
 
 
 # Children by their labels: looking one up in prometheus-client takes longer than counting does.
@@ -121,6 +128,11 @@ def _of_step(model: str, step: str) -> Histogram:
 @cache
 def _of_answer(model: str) -> tuple[Histogram, Counter]:
     return ANSWER_CONFIDENCE.labels(model), SHALLOW_DISAGREEMENTS.labels(model)
+
+
+@cache
+def _of_exit(model: str, stage: str) -> Counter:
+    return ADAPTIVE_ANSWERS.labels(model, stage)
 
 
 @cache

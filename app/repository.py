@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, partial
 
 from app.answers import Interpreter, ReadNetwork
@@ -48,7 +49,8 @@ class Repository:
 
     Args:
         models: each passed its warm-up.
-        default: name of the model for requests that name none; without, the one exported last.
+        default: name of the model for requests that name none; without, the one exported last, those of reduced
+            precision after all others.
     """
 
     def __init__(self, models: Iterable[LoadedModel] = (), default: str | None = None) -> None:
@@ -82,7 +84,7 @@ class Repository:
             raise NotReadyError("no model is loaded; /readyz says when one is.")
         wanted = self._default if name is None else name
         if wanted is None:
-            wanted = max(models, key=lambda model: model.card.provenance.created).card.name
+            wanted = max(models, key=_precedence).card.name
         found = [model for model in models if model.card.name == wanted and version in (None, model.card.version)]
         if not found:
             asked = f"model {wanted!r}" + (f", version {version!r}," if version is not None else "")
@@ -105,6 +107,11 @@ class Repository:
         """Finish what was accepted, and free the networks' threads."""
         for model in self.models:
             model.inference.close()
+
+
+def _precedence(model: LoadedModel) -> tuple[bool, datetime]:
+    """A model made of another in fewer bits stands beside that one, not in its place."""
+    return model.card.precision == "float32", model.card.provenance.created
 
 
 def _in_order(models: Iterable[LoadedModel]) -> tuple[LoadedModel, ...]:

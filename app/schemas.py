@@ -54,17 +54,26 @@ class StageAnswer(TypedDict):
 
     name: str
     depth: Annotated[int, Field(description="layers of the backbone up to this stage's end")]
-    prediction: Annotated[Prediction, Field(description="of the stage's reading, softmax(a * z): what it believes")]
+    prediction: Annotated[
+        Prediction | None, Field(description="of the stage's reading, softmax(a * z): what it believes")
+    ]
     top_k: Annotated[list[Prediction], Field(description="of the stage's reading")]
-    weight: Annotated[float, Field(description="attention weight w for the answer's class; no measure of importance")]
+    weight: Annotated[
+        float | None, Field(description="attention weight w for the answer's class; no measure of importance")
+    ]
     contribution: Annotated[
-        float, Field(description="w * z for the answer's class; over all stages they sum to its fused logit")
+        float | None, Field(description="w * z for the answer's class; over all stages they sum to its fused logit")
     ]
     share: Annotated[
-        float, Field(ge=0, le=1, description="of the answer: its absolute evidence over that of all stages")
+        Annotated[float, Field(ge=0, le=1)] | None,
+        Field(
+            description="of the answer: its absolute evidence over that of all stages; null if not all were evaluated"
+        ),
     ]
-    agrees: Annotated[bool, Field(description="the reading's class is the answer's")]
-    evaluated: bool
+    agrees: Annotated[bool | None, Field(description="the reading's class is the answer's")]
+    evaluated: Annotated[
+        bool, Field(description="false only with `mode=adaptive`, behind the stage that answered: all else is null")
+    ]
 
 
 class LayerSource(TypedDict):
@@ -142,13 +151,38 @@ class Timing(TypedDict):
     total: Annotated[float, Field(description="from the body's last byte to this answer")]
 
 
+class Exit(TypedDict):
+    """The stage that an adaptive answer stopped at: the answer is its reading."""
+
+    stage: str
+    depth: Annotated[int, Field(description="layers of the backbone up to this stage's end")]
+
+
 class Interpretation(TypedDict):
     """The part of an answer that the network decides."""
 
-    prediction: Annotated[Prediction, Field(description="of the fused logits over the card's temperature")]
+    prediction: Annotated[
+        Prediction,
+        Field(description="of the fused logits over the card's temperature; of an `exit`, that stage's reading"),
+    ]
     top_k: list[Prediction]
     stages: Annotated[list[StageAnswer], Field(description="from shallow to deep")]
     agreement: Annotated[float, Field(ge=0, le=1, description="share of the evaluated stages that agree")]
+    doubt: NotRequired[
+        Annotated[
+            Confidence | None,
+            Field(
+                description="probability that the answer is wrong, by its confidence and by how undecided the stages "
+                "are; `doubt` of the card (`GET /model`) has a threshold. Null where the image stopped early"
+            ),
+        ]
+    ]
+    exit: NotRequired[
+        Annotated[
+            Exit | None,
+            Field(description="only with `mode=adaptive`: where the image stopped; null if all stages were evaluated"),
+        ]
+    ]
     layer_attention: NotRequired[
         Annotated[
             list[LayerAttention],

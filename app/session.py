@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from app.cpus import be_nice, usable_cpus
+from app.early_exit import EarlyExit, padded
 from app.errors import InferenceError
 from app.inference import Outputs
 from app.schemas import Runtime
@@ -32,9 +34,12 @@ from model.contract import (
     TensorSpec,
     branch_map_name,
 )
+from model.cpu import cpu_features
+from model.cut import CutError, Segment, cut
 from model.explain import contributions
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_CUDA_PROVIDERS = [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 CPU_WARM_UP_BATCHES = (1, 2)
 TOLERANCE = 1e-3
 """Of the identities at warm-up, relative to the largest summand: CUDA multiplies in TF32."""
@@ -98,40 +103,49 @@ class Session:
         )
         _check_metadata(self._session, self.card, path)
         _check_signature(self._session, self.card, path)
+        if not on_cuda:
+            _warn_of_another_cpu(self.card)
+        self._early_exit = self._lone_early_exit = None
+        if self.card.exits:
+            segments = _segments(path, len(self.card.stages))
+
+            def in_pieces(whole: onnxruntime.InferenceSession, threads: int) -> EarlyExit:
+                def opened(model: bytes) -> onnxruntime.InferenceSession:
+                    return _create(model, _providers(whole), settings, threads)
+
+                return EarlyExit(self.card, segments, opened, self.runtime.batch_sizes)
+
+            self._early_exit = in_pieces(self._session, threads)
+            self._lone_early_exit = in_pieces(self._session, cpus) if wide else self._early_exit
         self._warm_up(path)
 
-    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
         """One forward pass; blocks. Any number of threads may call this at a time; one alone has all CPUs.
 
         Args:
             images: uint8 (N, H, W, C).
             names: of the outputs to compute.
+            thresholds: (N, B - 1), as `Network.run`; only where the card has `exits`.
 
         Raises:
             InferenceError: onnxruntime failed.
         """
         with self._counting:
-            session = self._session if self._running else self._lone_session
+            alone = self._running == 0
             self._running += 1
         try:
-            values = session.run(names, {IMAGE: self._padded(images)})
+            if thresholds is not None:
+                early_exit = self._lone_early_exit if alone else self._early_exit
+                assert early_exit is not None, "the card has no exits"  # noqa: S101 - whoever asks knows the card
+                return early_exit.run(images, names, thresholds)
+            session = self._lone_session if alone else self._session
+            values = session.run(names, {IMAGE: padded(images, self.runtime.batch_sizes)})
         except Exception as error:  # onnxruntime's errors share no base class
             raise InferenceError(f"inference failed ({_first_line(error)}).") from error
         finally:
             with self._counting:
                 self._running -= 1
         return {name: value[: len(images)] for name, value in zip(names, values, strict=True)}
-
-    def _padded(self, images: np.ndarray) -> np.ndarray:
-        """The images, and black ones up to the next size that was warmed up.
-
-        On CUDA only, where each new size costs a search for algorithms. On the CPU a batch of n takes n times as long
-        as one image, or a little less, so padding would only add work.
-        """
-        size = next((size for size in self.runtime.batch_sizes or () if size >= len(images)), len(images))
-        if size == len(images):
-            return images
-        return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
 
     def _warm_up(self, path: Path) -> None:
         spec = self.card.input
@@ -145,6 +159,44 @@ class Session:
                 except Exception as error:  # onnxruntime's errors share no base class
                     raise ModelError(f"{path}: fails on {batch} images ({_first_line(error)}). {AGAIN}") from error
                 _check_values(values, self.card, batch, path)
+            never = np.full((batch, len(self.card.stages) - 1), np.inf)
+            for early_exit in {self._early_exit, self._lone_early_exit}:
+                if early_exit is None:
+                    continue
+                try:
+                    pieces = early_exit.run(images, names, never)
+                except Exception as error:  # as above
+                    raise ModelError(f"{path}: fails stage by stage ({_first_line(error)}). {AGAIN}") from error
+                for name in names:
+                    otherwise = f"{path}: `{name}` stage by stage is not what the whole graph gives"
+                    _require_equal(pieces[name], values[name], values[name], otherwise)
+
+
+def _warn_of_another_cpu(card: ModelCard) -> None:
+    """Say where a model in fewer bits may answer otherwise than its card says: on a CPU that can do less."""
+    known = card.against_float32.cpu if card.against_float32 else ()
+    here = cpu_features()
+    if missing := [name for name in known if name not in here]:
+        logger.warning(
+            "%s, version %s, is in %s and was measured on a CPU with %s, which this one has not: answers may differ a "
+            "little from what its card says, and take longer.",
+            card.name,
+            card.version,
+            card.precision,
+            ", ".join(missing),
+        )
+
+
+def _segments(path: Path, stages: int) -> list[Segment]:
+    try:
+        return cut(onnx.load(path), stages)
+    except CutError as error:
+        raise ModelError(f"{path}: cannot stop early, though its card says so: {error} {AGAIN}") from error
+
+
+def _providers(session: onnxruntime.InferenceSession) -> list:
+    """Those that `session` runs on, as they were asked for."""
+    return _CUDA_PROVIDERS if session.get_providers()[0] == CUDA else [CPU]
 
 
 def _read_card(folder: Path) -> ModelCard:
@@ -199,7 +251,7 @@ def _open_on_cuda(
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         onnxruntime.preload_dlls()
     try:
-        session = _create(path, [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU], settings, threads)
+        session = _create(path, _CUDA_PROVIDERS, settings, threads)
     except Exception as error:  # onnxruntime's errors share no base class
         return None, f"CUDA cannot run it ({_first_line(error)})"
     if session.get_providers()[0] == CUDA:
@@ -208,7 +260,7 @@ def _open_on_cuda(
     return None, f"CUDA does not start ({reason}; the extra `gpu` installs its libraries)"
 
 
-def _create(path: Path, providers: list, settings: Settings, threads: int) -> onnxruntime.InferenceSession:
+def _create(model: Path | bytes, providers: list, settings: Settings, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
@@ -221,7 +273,7 @@ def _create(path: Path, providers: list, settings: Settings, threads: int) -> on
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # threads are as nice as the one that starts them
     with ThreadPoolExecutor(1, initializer=be_nice, initargs=(settings.niceness if on_cpu else 0,)) as nice:
-        return nice.submit(onnxruntime.InferenceSession, path, options, providers, enable_fallback=False).result()
+        return nice.submit(onnxruntime.InferenceSession, model, options, providers, enable_fallback=False).result()
 
 
 @cache

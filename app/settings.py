@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     exports: Annotated[Path, Field(description="model repository: <model>/<version>/model.onnx")] = Path("exports")
-    model: Annotated[str | None, Field(description="default model; none: the one exported last")] = None
+    model: Annotated[
+        str | None, Field(description="default model; none: the last exported in float32, or in any precision")
+    ] = None
     versions: Annotated[
         Literal["newest", "all"],
         BeforeValidator(_lower),
@@ -95,6 +97,10 @@ class Settings(BaseSettings):
     batch_wait_us: Annotated[
         int, Field(ge=0, description="microseconds that images wait for others to fill their batch")
     ] = 0
+    max_loss: Annotated[
+        float,
+        Field(ge=0, le=1, description="accuracy that `mode=adaptive` may lose, where the request does not say"),
+    ] = 0.001
     lanes: Annotated[
         int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs, but 2 where there are as many")
     ] = 0

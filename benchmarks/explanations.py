@@ -83,7 +83,7 @@ from benchmarks.explanation_metrics import (
 )
 from benchmarks.explanation_report import draw, page
 from model.contract import IMAGE, LOGITS, MODEL_FILE, InterflowError, ModelCard
-from model.explain import contribution_maps, evidence_maps, spread
+from model.explain import contribution_maps, evidence_maps, fused_confidences, spread
 from model.interflow import Interflow, Normalize
 from training import cli
 from training.artefact import network_of
@@ -289,11 +289,12 @@ def explain_all(method: Method, network: Interflow, images: Tensor, classes: Ten
 
 
 def curves_of(subject: Subject, images: Tensor, classes: Tensor, maps: np.ndarray, step: int) -> Curves:
-    """The confidence that is served (softmax over the fitted temperature) in each image's class as patches go."""
+    """The confidence that is served in each image's class as patches go."""
 
     def confidence(changed: Tensor) -> np.ndarray:
-        logits = torch.cat(list(_logits(subject.network, changed))) / subject.card.temperature
-        return logits.softmax(dim=1).gather(1, classes[:, None])[:, 0].numpy()
+        logits = torch.cat(list(_logits(subject.network, changed))).numpy()
+        said = fused_confidences(logits, subject.card.temperature, subject.card.power)
+        return said[np.arange(len(said)), classes.numpy()]
 
     return removal_curves(confidence, images, maps, patch=images.shape[-1] // PATCHES, step=step)
 

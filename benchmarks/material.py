@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from model.contract import CARD_FILE, IMAGE, LOGITS, MODEL_FILE, InputSpec, InterflowError, ModelCard
+from model.contract import BRANCH_LOGITS, CARD_FILE, IMAGE, LOGITS, MODEL_FILE, InputSpec, InterflowError, ModelCard
 from model.images import read_input
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,7 @@ class Images:
         files: the JPEGs.
         pixels: uint8 (N, H, W, C), as `model.images.read_input` reads them.
         logits: (N, K), fused.
+        branch_logits: (N, B, K).
         labels: of the most likely class.
     """
 
@@ -46,6 +47,7 @@ class Images:
     files: list[Path]
     pixels: np.ndarray
     logits: np.ndarray
+    branch_logits: np.ndarray
     labels: list[str]
 
 
@@ -136,24 +138,25 @@ def make_images(model: Path, folder: Path, side: int, count: int) -> Images:
     if spec.channels != 3:
         raise InterflowError(f"{model}: takes grey images; serving is measured with a model for colour.")
     session = open_session(model, threads=1)
-    by_class: dict[int, list[tuple[bytes, np.ndarray, np.ndarray]]] = {}
+    by_class: dict[int, list[tuple[bytes, np.ndarray, np.ndarray, np.ndarray]]] = {}
     for crop in islice(_crops(), 6 * count):
         jpeg = _jpeg(crop, side)
         ours = read_input(jpeg, spec)
-        logits = session.run([LOGITS], {IMAGE: np.stack([ours, _read_plainly(jpeg, spec)])})[0]
+        both = {IMAGE: np.stack([ours, _read_plainly(jpeg, spec)])}
+        logits, branch_logits = session.run([LOGITS, BRANCH_LOGITS], both)
         first, second = logits.argmax(axis=1)
         if first == second:
-            by_class.setdefault(int(first), []).append((jpeg, ours, logits[0]))
+            by_class.setdefault(int(first), []).append((jpeg, ours, logits[0], branch_logits[0]))
     chosen = list(islice(_in_turns(list(by_class.values())), count))
     if len(chosen) < count:
         raise InterflowError(f"of {6 * count} crops only {len(chosen)} have one class by both ways of reading them.")
     files = [folder / f"{side}px-{number}.jpg" for number in range(count)]
-    for file, (jpeg, _, _) in zip(files, chosen, strict=True):
+    for file, (jpeg, *_) in zip(files, chosen, strict=True):
         file.write_bytes(jpeg)
-    pixels, logits = (np.stack([image[part] for image in chosen]) for part in (1, 2))
+    pixels, logits, branch_logits = (np.stack([image[part] for image in chosen]) for part in (1, 2, 3))
     classes = read_card(model).classes
     labels = [classes[index] for index in logits.argmax(axis=1)]
-    return Images(f"{side}x{side} JPEG", files, pixels, logits, labels)
+    return Images(f"{side}x{side} JPEG", files, pixels, logits, branch_logits, labels)
 
 
 def open_session(model: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -204,7 +207,7 @@ def _read_plainly(jpeg: bytes, spec: InputSpec) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize(size, Image.Resampling.BILINEAR))
 
 
-def _in_turns(groups: Sequence[Sequence[tuple[bytes, np.ndarray, np.ndarray]]]) -> Iterator[tuple]:
+def _in_turns(groups: Sequence[Sequence[tuple]]) -> Iterator[tuple]:
     """One of each group, then the next of each, until all are empty."""
     for place in range(max(map(len, groups), default=0)):
         yield from (group[place] for group in groups if place < len(group))

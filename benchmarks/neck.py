@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from model.explain import fused_confidences
 from model.interflow import Normalize
 from training.artefact import network_of
 from training.checkpoint import load_network
@@ -45,7 +46,7 @@ def main() -> None:
         with torch.no_grad():
             output = network(Normalize(card.input.mean, card.input.std)(pixels))
         answer = int(output.logits.argmax())
-        confidence = float((output.logits / card.temperature).softmax(dim=1).max())
+        confidence = fused_confidences(output.logits.numpy(), card.temperature, card.power).max()
         neck = f"neck {card.backbone.neck}" if card.backbone.neck else "no neck"
         row[0].imshow(pixels[0])
         row[0].set_title(

@@ -24,7 +24,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
@@ -37,8 +37,9 @@ from benchmarks import wrk
 from benchmarks.client import Check, Client
 from benchmarks.material import ROOT, Images, find_model, make_images, read_card, with_version
 from benchmarks.servers import MemorySampler, Running, ask, free_port, ours, running, workspace
-from model.contract import InterflowError
-from model.explain import softmax
+from model.contract import InterflowError, ModelCard
+from model.explain import fused_confidences, readings
+from training.exits import stopping_stages
 from training.files import replacing, write_text
 
 KEY = "a-key-for-this-benchmark-alone"
@@ -92,31 +93,47 @@ def growth(sizes: Sequence[float]) -> float | None:
     return statistics.median(sizes[-fifth:]) / statistics.median(sizes[fifth : 2 * fifth]) - 1
 
 
-def checker(images: Images, classes: Sequence[str], temperatures: dict[str, float]) -> Check:
+def checker(images: Images, card: ModelCard, temperatures: Mapping[str, float], max_loss: float | None = None) -> Check:
     """Holds an answer against the model's, by the version that it names.
 
     Args:
         images: in the order of their numbers.
-        classes: labels, by index.
-        temperatures: of each version.
+        card: of all versions, but for the temperature.
+        temperatures: of each version; more may come.
+        max_loss: a promise of the card, where the answers are adaptive.
     """
-    best = {version: softmax(images.logits / t).max(axis=1) for version, t in temperatures.items()}
+    expected: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def check(number: int, body: bytes) -> str | None:
         answer = json.loads(body)
         version, said = answer["model"]["version"], answer["prediction"]
-        if version not in best and version in temperatures:  # loaded after this was made
-            best[version] = softmax(images.logits / temperatures[version]).max(axis=1)
-        if version not in best:
+        if version not in temperatures:
             return f"version {version}, which is not there"
-        expected = images.labels[number]
-        if said["label"] != expected:
-            return f"{said['label']} instead of {expected}"
-        if abs(said["confidence"] - best[version][number]) > CONFIDENCE_TOLERANCE:
-            return f"confidence {said['confidence']} instead of {best[version][number]:.3f} in version {version}"
+        if version not in expected:
+            expected[version] = _expected(images, card, temperatures[version], max_loss)
+        labels, confidences = (of_all[number] for of_all in expected[version])
+        if said["label"] != card.classes[labels]:
+            return f"{said['label']} instead of {card.classes[labels]}"
+        if abs(said["confidence"] - confidences) > CONFIDENCE_TOLERANCE:
+            return f"confidence {said['confidence']} instead of {confidences:.3f} in version {version}"
         return None
 
     return check
+
+
+def _expected(
+    images: Images, card: ModelCard, temperature: float, max_loss: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class and confidence of each answer."""
+    said = fused_confidences(images.logits, temperature, card.power)
+    if max_loss is not None:
+        policy = next(policy for policy in card.exits if policy.max_loss == max_loss)
+        limits = np.array([np.inf if limit is None else limit for limit in policy.thresholds])
+        beliefs = readings(images.branch_logits, np.asarray(card.reading_scales))
+        stops = stopping_stages(beliefs[:, :-1].max(axis=2), limits)
+        early = np.flatnonzero(stops < len(limits))
+        said[early] = beliefs[early, stops[early]]
+    return said.argmax(axis=1), said.max(axis=1)
 
 
 class Soak:
@@ -138,8 +155,9 @@ class Soak:
         self._folder = folder
         self._exports = folder / "served"
         shutil.copytree(model, self._exports / self._card.name / model.name)
+        self._path = PATH if options.adaptive is None else f"{PATH}?mode=adaptive&max_loss={options.adaptive}"
         self._temperatures = {self._card.version: self._card.temperature}
-        self._check = checker(images, self._card.classes, self._temperatures)
+        self._check = checker(images, self._card, self._temperatures, options.adaptive)
 
     def server(self) -> AbstractContextManager[Running]:
         """This project's, with what --set says."""
@@ -149,12 +167,12 @@ class Soak:
     def client(self, server: Running) -> Client:
         """One that checks every answer."""
         bodies = [wrk.multipart(file, FIELD) for file in self._images.files]
-        return Client(server.port, PATH, bodies, self._check)
+        return Client(server.port, self._path, bodies, self._check)
 
     def load(self, server: Running, connections: int, seconds: int, pause_s: float = 0) -> wrk.Load:
         """By wrk."""
         return wrk.load_images(
-            server.url(PATH), self._images.files, FIELD, connections=connections, seconds=seconds, pause_s=pause_s
+            server.url(self._path), self._images.files, FIELD, connections=connections, seconds=seconds, pause_s=pause_s
         )
 
     def million(self) -> dict[str, Any]:
@@ -365,6 +383,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("mode", choices=["million", "reload", "drain", "overload"])
     parser.add_argument("--model", type=Path, help="an artefact; default: exports/cifar10/1, else random weights")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, such as workers=2")
+    parser.add_argument("--adaptive", type=float, metavar="LOSS", help="ask for answers that keep this promise")
     parser.add_argument("--connections", type=int, default=64, help="not of overload (default: 64)")
     parser.add_argument("--minutes", type=float, default=20, help="of million, at most (default: 20)")
     parser.add_argument("--requests", type=int, default=1_000_000, help="of million (default: 1,000,000)")

@@ -122,6 +122,8 @@ class StageInfo(_Part):
     """Of the tapped feature map."""
     map_size: tuple[Positive, Positive]
     """Height and width of the class maps at the card's input size."""
+    work: Fraction | None = None
+    """Share of the backbone's multiplications done up to the tap, 1 for the last stage; None: not counted."""
 
 
 class LayerAttentionInfo(_Part):
@@ -135,6 +137,41 @@ class LayerAttentionInfo(_Part):
     """Shares sum to 1 over the sources; a gate is a number in 0..1 by itself."""
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
     """Blocks, stages or inputs, in the row's order; the row's further values are zero."""
+
+
+class DoubtInfo(_Part):
+    """How likely an answer is wrong: logistic in two reasons (`model.explain.reasons_to_doubt`).
+
+    Fitted on held-out data; the last two measured on test.
+    """
+
+    coefficients: tuple[float, float, float]
+    """Log-odds: the first, plus the second times log(1 - confidence), plus the third times log(stages' indecision)."""
+    threshold: Fraction
+    """One in ten held-out answers has more doubt than this."""
+    share: Fraction
+    """Of the test answers, with more doubt than the threshold."""
+    share_of_wrong: Fraction
+    """Of the wrong test answers, with more doubt than the threshold."""
+
+
+class ExitPolicy(_Part):
+    """When an image needs no deeper stage, and what stopping there loses and saves on average.
+
+    An image stops at the first stage whose reading is as confident as that stage's threshold; its answer is that
+    reading. Fitted on held-out data, measured on test.
+    """
+
+    max_loss: Fraction
+    """Of accuracy against full depth: the promise that the thresholds were fitted to."""
+    thresholds: tuple[Fraction | None, ...]
+    """Confidence of the reading, for each stage but the last; None: no image stops there."""
+    accuracy: Fraction
+    """On test; that of full depth is `metrics.accuracy`."""
+    work: Fraction
+    """Mean on test of the share of the backbone's multiplications that are done."""
+    stops: tuple[Fraction, ...]
+    """Share of the test images that each stage answers; the last stage's had the full answer."""
 
 
 class Metrics(_Part):
@@ -165,6 +202,12 @@ class Metrics(_Part):
     """Expected calibration error of the fused confidence, 15 bins of equal width."""
     branch_ece: tuple[Fraction, ...]
     """Of each stage's reading."""
+    ece_adaptive: Fraction | None = None
+    """As `ece`, 15 bins of equally many images."""
+    nll: Annotated[float, Field(ge=0)] | None = None
+    """Mean negative log-likelihood of the labels under the fused confidences, in nats."""
+    branch_nll: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Of each stage's reading."""
 
     @model_validator(mode="after")
     def _figures_by_class_together(self) -> Self:
@@ -172,6 +215,26 @@ class Metrics(_Part):
         if None in figures and figures != (None,) * 4:
             raise ValueError("macro_f1, auroc, class_recall and class_images come together, or not at all")
         return self
+
+
+class AgainstFloat32(_Part):
+    """What fewer bits changed: the float32 network's figures on the test images of `metrics`, and agreement with it."""
+
+    accuracy: Fraction
+    """Of the fused answer in float32."""
+    branch_accuracy: tuple[Fraction, ...]
+    """Of each stage's reading in float32."""
+    agreement: Fraction
+    """Share of images whose fused answer is the one in float32."""
+    branch_agreement: tuple[Fraction, ...]
+    """Share of images whose reading is the one in float32, for each stage."""
+    residual: Annotated[float, Field(ge=0)]
+    """Largest difference over the images of fused logits from the sums of contributions, or of branch logits from the
+    means of their class maps; relative to the largest magnitude of these, or 1."""
+    calibrated_on: Positive | None = None
+    """Held-out images that the ranges of int8 are those of."""
+    cpu: tuple[str, ...]
+    """Architecture and extensions of the CPU that this was measured on; one without them may answer otherwise."""
 
 
 class Provenance(_Part):
@@ -200,8 +263,8 @@ class ModelCard(_Part):
     format_version: Literal[1] = FORMAT_VERSION
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     version: Annotated[str, Field(pattern=VERSION_PATTERN)]
-    precision: Literal["float32"] = "float32"
-    """Of the graph's numbers."""
+    precision: Literal["float32", "float16", "int8"] = "float32"
+    """Of the graph's numbers; normalisation, class maps, pooling and fusion are always float32."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     """Labels, by index."""
     input: InputSpec
@@ -216,12 +279,20 @@ class ModelCard(_Part):
     reading_scales: Matrix
     """a: what stage i believes is softmax(a[i] * z[i])."""
     temperature: Annotated[float, Field(gt=0)]
-    """Fused confidence is softmax(logits / temperature)."""
+    """Fused confidence is the softmax of -((highest logit - logit) / temperature) ** power."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """1, as in cards from before it: the confidence is softmax(logits / temperature)."""
     branch_importance: tuple[Fraction, ...]
     """Mean share of each stage in the answers."""
+    doubt: DoubtInfo | None = None
+    """None: not fitted, as where hardly a held-out answer is wrong."""
+    exits: tuple[ExitPolicy, ...] = ()
+    """By rising `max_loss`; empty where no image can stop early: one stage, or a graph that cannot be cut."""
     fitted_on: str
-    """The data that reading scales, temperature and importance were fitted on."""
+    """The data that reading scales, temperature, power and importance were fitted on."""
     metrics: Metrics
+    against_float32: AgainstFloat32 | None = None
+    """None where `precision` is float32 itself."""
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -238,6 +309,11 @@ class ModelCard(_Part):
         ):
             if len(values) != branches:
                 raise ValueError(f"{field} needs {branches} values, one per stage; got {len(values)}")
+        for policy in self.exits:
+            if (len(policy.thresholds), len(policy.stops)) != (branches - 1, branches):
+                raise ValueError(f"exits need {branches - 1} thresholds and {branches} stops, one per stage")
+        if [policy.max_loss for policy in self.exits] != sorted({policy.max_loss for policy in self.exits}):
+            raise ValueError("exits must come by rising max_loss")
         for field, by_class in (
             ("metrics.class_recall", self.metrics.class_recall),
             ("metrics.class_images", self.metrics.class_images),
@@ -253,6 +329,15 @@ class ModelCard(_Part):
             raise ValueError(f"branch_importance must sum to 1; it sums to {sum(self.branch_importance):.4f}")
         if len(set(self.classes)) != classes:
             raise ValueError("classes must be distinct")
+        return self
+
+    @model_validator(mode="after")
+    def _fewer_bits_are_compared(self) -> Self:
+        against, branches = self.against_float32, len(self.stages)
+        if (against is None) != (self.precision == "float32"):
+            raise ValueError("against_float32 comes with every precision but float32")
+        if against and not len(against.branch_accuracy) == len(against.branch_agreement) == branches:
+            raise ValueError(f"against_float32 needs {branches} values a field by branch, one per stage")
         return self
 
     @property

@@ -18,6 +18,30 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def below_highest(logits: np.ndarray, temperature: float, power: float) -> np.ndarray:
+    """Fused logits whose softmax is the confidence: minus (how far a class lies below the highest / temperature)^power.
+
+    At power 1 these are logits over the temperature, less a constant. The ranking of the classes is that of the logits
+    at any power, which says how much faster than its distance a rival is ruled out: networks trained towards softened
+    labels keep even the surest images at a middling distance, which no temperature sets right.
+
+    Args:
+        logits: (N, K).
+        temperature, power: above 0, fitted on held-out data.
+
+    Returns:
+        (N, K), at most 0; NaN in a row that is not finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        return -(((logits.max(axis=-1, keepdims=True) - logits) / temperature) ** power)
+
+
+def fused_confidences(logits: np.ndarray, temperature: float, power: float) -> np.ndarray:
+    """Probabilities of the fused answer: the softmax of `below_highest`. (N, K) to (N, K)."""
+    return softmax(below_highest(logits, temperature, power))
+
+
 def readings(branch_logits: np.ndarray, reading_scales: np.ndarray) -> np.ndarray:
     """What each stage believes: softmax(a_i * z_i), with the signed scales fitted on held-out data.
 
@@ -29,6 +53,33 @@ def readings(branch_logits: np.ndarray, reading_scales: np.ndarray) -> np.ndarra
         (N, B, K) probabilities.
     """
     return softmax(np.asarray(reading_scales) * branch_logits)
+
+
+INDECISION_EXPONENT = 0.1
+"""Of GEN (Liu et al. 2023), by its authors: so small that also the least likely classes count."""
+
+
+def reasons_to_doubt(fused: np.ndarray, beliefs: np.ndarray) -> np.ndarray:
+    """What says that an answer may be wrong, or the image of no known class: two numbers, large where there is doubt.
+
+    Args:
+        fused: (N, K) confidences.
+        beliefs: (N, B, K), the readings. The order of the classes does not matter, in either.
+
+    Returns:
+        (N, 2): the logarithm of the probability that the confidence leaves to all other classes, and that of the
+        stages' indecision: the mean over the stages of the sum over the classes of (p (1 - p)) ** 0.1 (their GEN).
+    """
+    left = np.maximum(1 - fused.max(axis=-1), 1e-9)  # all but certain is as sure as it gets
+    indecision = ((beliefs * (1 - beliefs)).clip(0) ** INDECISION_EXPONENT).sum(axis=-1).mean(axis=-1)
+    return np.log(np.stack([left, np.maximum(indecision, 1e-9)], axis=-1))
+
+
+def doubts(fused: np.ndarray, beliefs: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
+    """Probability that an answer is wrong, (N,): logistic in `reasons_to_doubt`, by the card's three coefficients."""
+    bias, *slopes = coefficients
+    log_odds = bias + reasons_to_doubt(fused, beliefs) @ slopes
+    return 0.5 * (1 + np.tanh(log_odds / 2))  # the logistic function, without overflow
 
 
 def contributions(branch_logits: np.ndarray, branch_weights: np.ndarray) -> np.ndarray:

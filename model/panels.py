@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from model.contract import ModelCard
-from model.explain import WHOLE, contribution_maps, density, fused_map, readings, softmax
+from model.explain import WHOLE, contribution_maps, density, fused_confidences, fused_map, readings
 
 TOWARDS, NEUTRAL, AGAINST = (190, 24, 38), (244, 244, 242), (14, 92, 173)
 _PALE_TOWARDS, _PALE_AGAINST = (242, 148, 116), (120, 178, 226)
@@ -163,7 +163,8 @@ def explained(
     maps = contribution_maps(branch_maps, branch_weights)
     logits = np.sum([values.sum(axis=(1, 2), dtype=np.float64) for values in maps], axis=0)
     branch_logits = np.stack([values.mean(axis=(1, 2), dtype=np.float64) for values in branch_maps])
-    beliefs, fused = readings(branch_logits, np.asarray(card.reading_scales)), softmax(logits / card.temperature)
+    beliefs = readings(branch_logits, np.asarray(card.reading_scales))
+    fused = fused_confidences(logits, card.temperature, card.power)
     asked = question.maps(maps)
     of_classes = [question.target] if question.versus is None else [question.target, question.versus]
 

@@ -14,7 +14,7 @@ from model.backbones.weights import IN_CHECKPOINT, few, load_weights, read_weigh
 from model.catalogue import BACKBONES
 from model.contract import InterflowError
 from model.interflow import Interflow
-from model.methods import find_method
+from model.methods import Method, find_method
 
 LIBRARIES: dict[str, type[TimmNetwork | TorchvisionNetwork]] = {"timm": TimmNetwork, "torchvision": TorchvisionNetwork}
 
@@ -32,7 +32,7 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(
     name: str,
     *,
-    method: str = "S3",
+    method: str | Method = "S3",
     num_classes: int = 10,
     in_channels: int = 3,
     depth: int | None = None,
@@ -49,7 +49,7 @@ def create_model(
     Args:
         name: a backbone of `list_models()`, `timm/<name>` or `torchvision/<name>`.
         method: "normal" or "S0" to "S9" (Interflow, Table II), any case. Where the backbone has fewer points to tap
-            than the method's 4 or 7 branches, it has one branch per stage.
+            than the method's 4 or 7 branches, it has one branch per stage. Or a `Method` of one's own.
         num_classes: at least 2.
         in_channels: of the image, 1 or 3.
         depth: layers kept; the backbone's full depth where None.
@@ -75,7 +75,7 @@ def create_model(
         raise InterflowError(f"in_channels {in_channels}: expected 1 (grey) or 3 (RGB).")
     if not 0 < width < float("inf"):
         raise InterflowError(f"width {width}: expected a positive multiplier of the channels, such as 0.5.")
-    chosen = find_method(method)
+    chosen = method if isinstance(method, Method) else find_method(method)
     checkpoint = read_weights(pretrained, IN_CHECKPOINT) if isinstance(pretrained, Path) else {}
     pretrained_whole = False if checkpoint else pretrained
     backbone = _build(

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from model.contract import ModelCard
-from model.explain import softmax
+from model.explain import fused_confidences, softmax
 from model.images import read_input
 from model.interflow import Normalize
 from training.artefact import network_of
@@ -71,7 +71,7 @@ def test_a_photograph_of_any_size_gets_the_same_logits_everywhere(
     chosen = answer["prediction"]["index"]
     assert sum(stage["contribution"] for stage in answer["stages"]) == pytest.approx(logits[0, chosen], abs=TOLERANCE)
     confidences = {entry["index"]: entry["confidence"] for entry in answer["top_k"]}
-    expected = softmax(by_torch.logits.numpy() / card.temperature)[0]
+    expected = fused_confidences(by_torch.logits.numpy(), card.temperature, card.power)[0]
     np.testing.assert_allclose([confidences[i] for i in range(10)], expected, atol=TOLERANCE)
     for stage, z, a in zip(answer["stages"], by_torch.branch_logits[0].numpy(), card.reading_scales, strict=True):
         believed = {entry["index"]: entry["confidence"] for entry in stage["top_k"]}

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from model.contract import CARD_FILE, IMAGE, METADATA_KEY, MODEL_FILE, VERSION_PATTERN, InterflowError, ModelCard
 from model.interflow import Interflow, InterflowOutput, Normalize
+from model.methods import find_method
 from model.registry import create_model
 from training.config_pbtxt import config_pbtxt
 from training.files import write_text
@@ -28,9 +30,11 @@ def network_of(card: ModelCard) -> Interflow:
     Raises:
         InterflowError: there is no such network.
     """
+    weights = card.method.initial_weights  # a shortened network has fewer of them than its method began with
+    method = replace(find_method(card.method.name), initial_weights=None if weights == "random" else weights)
     network = create_model(
         card.backbone.name,
-        method=card.method.name,
+        method=method,
         num_classes=len(card.classes),
         in_channels=card.input.channels,
         depth=card.backbone.depth,
@@ -64,6 +68,11 @@ class ServedNetwork(nn.Module):
 
 def to_onnx(network: Interflow, card: ModelCard) -> bytes:
     """Export a network in evaluation mode: one file, weights inside, the card in its metadata, the batch symbolic."""
+    return with_card(to_graph(network, card), card)
+
+
+def to_graph(network: Interflow, card: ModelCard) -> onnx.ModelProto:
+    """As `to_onnx`, with nothing of the card inside yet; of the card, only what describes input and outputs counts."""
     spec = card.input
     example = torch.zeros(2, spec.height, spec.width, spec.channels, dtype=torch.uint8)
     with warnings.catch_warnings():
@@ -79,7 +88,11 @@ def to_onnx(network: Interflow, card: ModelCard) -> bytes:
             verbose=False,
         )
     assert program is not None  # noqa: S101 - so with dynamo=True
-    model = program.model_proto
+    return program.model_proto
+
+
+def with_card(model: onnx.ModelProto, card: ModelCard) -> bytes:
+    """A graph and the card that describes it as one file; the graph is given the card."""
     onnx.helper.set_model_props(model, {METADATA_KEY: card.to_json()})
     model.doc_string = f"Interflow {card.name}, version {card.version}; outputs and card: metadata {METADATA_KEY!r}"
     onnx.checker.check_model(model, full_check=True)

@@ -92,6 +92,11 @@ def load_network(path: Path, network: nn.Module) -> dict[str, Tensor]:
     return _load_network(path, network, tensors)
 
 
+def read_progress(path: Path) -> Progress:
+    """Where a saved run stands. Raises as `load_checkpoint`."""
+    return _read(path)[0]
+
+
 def weights_sha256(network: nn.Module) -> str:
     """Hash of the network's tensors in safetensors form, wherever they lie."""
     return hashlib.sha256(

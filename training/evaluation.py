@@ -9,13 +9,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
 from tqdm import tqdm
 
-from model.explain import contribution_maps, readings, shares, softmax
+from model.explain import contribution_maps, fused_confidences, readings, shares
 from training import calibration
-from training.calibration import ECE_BINS, Predictions
+from training.calibration import ECE_BINS, Predictions, adaptive_ece
 from training.evaluation_data import EvaluationData
 from training.loop import NotFiniteError
 from training.subjects import Outputs, Subject
@@ -150,13 +148,6 @@ def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.clip(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0, 1)
 
 
-def adaptive_ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error with bins that hold the same number of images each, 15 of them."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.array_split(np.argsort(confidence, kind="stable"), ECE_BINS)
-    return float(sum(abs(right[rows].sum() - confidence[rows].sum()) for rows in bins) / len(labels))
-
-
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
     """The bins of a reliability diagram, 15 of equal width: images, mean confidence and accuracy (None where empty)."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
@@ -195,7 +186,7 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
             "skipped": data.skipped,
             "trained_on": data.seen,
         },
-        "fused": _fused(predictions, card.temperature),
+        "fused": _fused(predictions, card.temperature, card.power),
         "stages": _stages(evaluation, beliefs, agrees),
         "agreement": {
             "mean": float(agrees.mean()),
@@ -211,18 +202,19 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _fused(predictions: Predictions, temperature: float) -> dict[str, Any]:
-    probabilities = softmax(predictions.logits / temperature)
+def _fused(predictions: Predictions, temperature: float, power: float) -> dict[str, Any]:
+    probabilities = fused_confidences(predictions.logits, temperature, power)
     return {
         "accuracy": calibration.fused_accuracy(predictions),
         "macro_f1": calibration.macro_f1(predictions),
-        "auroc": calibration.fused_auroc(predictions, temperature),
+        "auroc": calibration.fused_auroc(predictions, temperature, power),
         "mean_confidence": float(probabilities.max(axis=1).mean()),
         "temperature": temperature,
-        "nll": _nll(predictions.logits / temperature, predictions.labels),
-        "ece": calibration.fused_ece(predictions, temperature),
+        "power": power,
+        "nll": calibration.fused_nll(predictions, temperature, power),
+        "ece": calibration.fused_ece(predictions, temperature, power),
         "ece_adaptive": adaptive_ece(probabilities, predictions.labels),
-        "nll_at_temperature_1": _nll(predictions.logits, predictions.labels),
+        "nll_at_temperature_1": calibration.fused_nll(predictions, 1.0),
         "ece_at_temperature_1": calibration.fused_ece(predictions, 1.0),
         "reliability": reliability(probabilities, predictions.labels),
     }
@@ -232,7 +224,7 @@ def _stages(evaluation: Evaluation, beliefs: np.ndarray, agrees: np.ndarray) -> 
     card, predictions = evaluation.subject.card, evaluation.predictions
     labels, logits, scales = predictions.labels, predictions.logits, np.array(card.reading_scales)
     accuracy = calibration.branch_accuracy(predictions, scales)
-    ece = calibration.branch_ece(predictions, scales)
+    ece, nll = calibration.branch_ece(predictions, scales), calibration.branch_nll(predictions, scales)
     counted = shares(predictions.contributions, logits.argmax(axis=1))
     stages: list[dict[str, Any]] = []
     for i, stage in enumerate(card.stages):
@@ -251,7 +243,7 @@ def _stages(evaluation: Evaluation, beliefs: np.ndarray, agrees: np.ndarray) -> 
                 "share": {f"{q:g}": float(np.quantile(counted[:, i], q)) for q in SHARE_QUANTILES},
                 "weights": predictions.branch_weights[i].tolist(),
                 "mean_confidence": float(beliefs[:, i].max(axis=1).mean()),
-                "nll": _nll(scales[i] * predictions.branch_logits[:, i], labels),
+                "nll": nll[i],
                 "ece": ece[i],
                 "ece_adaptive": adaptive_ece(beliefs[:, i], labels),
                 "reliability": reliability(beliefs[:, i], labels),
@@ -263,11 +255,6 @@ def _stages(evaluation: Evaluation, beliefs: np.ndarray, agrees: np.ndarray) -> 
             }
         )
     return stages
-
-
-def _nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood of the labels, in nats, under softmax(logits)."""
-    return float(functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)))
 
 
 def _by_agreement(agreeing: np.ndarray, right: np.ndarray, stages: int) -> list[dict[str, Any]]:
@@ -339,7 +326,8 @@ def _disagreements(evaluation: Evaluation, beliefs: np.ndarray) -> list[dict[str
 def _errors(evaluation: Evaluation, beliefs: np.ndarray) -> list[dict[str, Any]]:
     """Wrong answers, the most confident first."""
     predictions = evaluation.predictions
-    confidence = softmax(predictions.logits / evaluation.subject.card.temperature).max(axis=1)
+    card = evaluation.subject.card
+    confidence = fused_confidences(predictions.logits, card.temperature, card.power).max(axis=1)
     wrong = np.flatnonzero(predictions.logits.argmax(axis=1) != predictions.labels)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:SHOWN]
     return [_image(evaluation, beliefs, i, int(predictions.labels[i])) for i in chosen.tolist()]
@@ -357,7 +345,7 @@ def _image(evaluation: Evaluation, beliefs: np.ndarray, index: int, rival: int) 
         "file": None if paths is None else "/".join(paths[index].parts[-2:]),
         "class": card.classes[predictions.labels[index]],
         "answer": card.classes[answer],
-        "confidence": float(softmax(logits / card.temperature)[answer]),
+        "confidence": float(fused_confidences(logits, card.temperature, card.power)[answer]),
         "rival": card.classes[rival],
         "difference": float(logits[answer] - logits[rival]),
         "stages": [

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, Metrics, ModelCard, Provenance, StageInfo
+from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, ModelCard, Provenance, StageInfo
 from model.interflow import Interflow, InterflowOutput
 from training import calibration
 from training.checkpoint import weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
+from training.fitting import fitted_fields
 from training.loop import predict
 from training.plots import plot_accuracy, plot_confusion, plot_weights
 from training.recipe import Recipe
 from training.run import SAMPLES, Run, git_revision
+from training.work import stage_work
 
 
 def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard:
@@ -25,16 +27,9 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out.
     """
     held_out = predict(network, data, data.val or data.train, recipe)
-    scales = calibration.fit_reading_scales(held_out, per_class=network.method.attention == "class")
-    temperature = calibration.fit_temperature(held_out)
-    fitted_on = (
-        f"{data.name}: {len(data.val)} images held out of train"
-        if data.val
-        else f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
-    )
     test = predict(network, data, data.test, recipe)
-    counts = calibration.confusion(test)
     output = _one_pass(network, data)
+    work = stage_work(network, data.spec)
 
     card = ModelCard(
         name=data.name,
@@ -56,31 +51,20 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
             shared_heads=network.shared_heads,
         ),
         stages=tuple(
-            StageInfo(name=stage.name, depth=stage.depth, channels=stage.channels, map_size=(height, width))
-            for stage, (_, _, height, width) in zip(network.stages, (m.shape for m in output.branch_maps), strict=True)
+            StageInfo(
+                name=stage.name,
+                depth=stage.depth,
+                channels=stage.channels,
+                map_size=(height, width),
+                work=done,
+            )
+            for stage, (_, _, height, width), done in zip(
+                network.stages, (m.shape for m in output.branch_maps), work, strict=True
+            )
         ),
         layer_attention=tuple(
             LayerAttentionInfo(block=row.block, module=row.module, kind=row.kind, sources=row.sources)
             for row in output.layer_attention
-        ),
-        branch_weights=_rows(held_out.branch_weights),
-        reading_scales=_rows(scales),
-        temperature=temperature,
-        branch_importance=tuple(calibration.importance(held_out).tolist()),
-        fitted_on=fitted_on,
-        metrics=Metrics(
-            data=data.name,
-            split="test",
-            images=len(data.test),
-            seed=recipe.seed,
-            accuracy=calibration.fused_accuracy(test),
-            macro_f1=calibration.macro_f1(test),
-            auroc=calibration.fused_auroc(test, temperature),
-            class_recall=tuple(calibration.class_recall(counts).tolist()),
-            class_images=tuple(counts.sum(axis=1).tolist()),
-            branch_accuracy=tuple(calibration.branch_accuracy(test, scales)),
-            ece=calibration.fused_ece(test, temperature),
-            branch_ece=tuple(calibration.branch_ece(test, scales)),
         ),
         provenance=Provenance(
             created=datetime.now(UTC),
@@ -90,15 +74,31 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
             git_revision=git_revision(),
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         ),
+        **fitted_fields(
+            held_out,
+            test,
+            per_class=network.method.attention == "class",
+            work=work,
+            data=data.name,
+            fitted_on=fitted_on(data),
+            seed=recipe.seed,
+        ),
     )
     with replacing(run.samples) as temporary:
         np.save(temporary, _samples(data))
     rows = run.history()
     plot_accuracy(rows, run.folder / "accuracy.png")
     plot_weights(rows, run.folder / "weights.png")
-    plot_confusion(counts, data.classes, run.folder / "confusion.png")
+    plot_confusion(calibration.confusion(test), data.classes, run.folder / "confusion.png")
     write_text(run.card, card.to_json() + "\n")
     return card
+
+
+def fitted_on(data: ImageData) -> str:
+    """What the card says of the images that `data.val`, or else `data.train`, gives to fit on."""
+    if data.val:
+        return f"{data.name}: {len(data.val)} images held out of train"
+    return f"{data.name}: the {len(data.train)} training images themselves; nothing was held out"
 
 
 @torch.inference_mode()
@@ -114,7 +114,3 @@ def _samples(data: ImageData) -> np.ndarray:
     indices = torch.linspace(0, len(data.test) - 1, SAMPLES).round().long()
     images, _ = next(data.test.batches([indices], workers=0))
     return images.numpy()
-
-
-def _rows(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in matrix.tolist())

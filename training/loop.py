@@ -162,7 +162,7 @@ class Training:
                     writer.add_scalar(name, value, self.epoch)
                 writer.flush()
                 if self.epoch == self.recipe.epochs or self.stop or self._saving_is_due():
-                    self._save()
+                    self.save()
                 if not self.quiet:
                     print(self._describe(row))
                 if self.stop:
@@ -193,7 +193,7 @@ class Training:
                     bar.set_postfix(loss=f"{self._mean(1):.3f}", accuracy=f"{self._mean(2):.1%}")
                     shown = time.monotonic()
                 if self.stop or time.monotonic() - self.saved_at > SAVE_EVERY_S:
-                    self._save()
+                    self.save()
                 if self.stop:
                     raise StoppedError
                 yield
@@ -210,7 +210,7 @@ class Training:
         except InterflowError as error:
             if not self.stop:
                 raise
-            self._save()  # the signal to stop has ended the processes that read images, too
+            self.save()  # the signal to stop has ended the processes that read images, too
             raise StoppedError from error
 
     def _mean(self, index: int) -> float:
@@ -268,7 +268,8 @@ class Training:
         """After an epoch: whether saving now, too, leaves most of the time for training."""
         return self.saving_takes <= SHARE_OF_SAVING * (time.monotonic() - self.saved_at)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the state as it is to the run's checkpoint."""
         if self.step:
             self._require_finite()
         started = time.monotonic()

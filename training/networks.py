@@ -44,11 +44,11 @@ def table() -> str:
     return HEADER + "\n".join(map(_row, BACKBONES)) + "\n"
 
 
-def multiply_adds(network: Interflow, image_size: int) -> int:
-    """Of one square image through the backbone, and linear layers on the pooled maps of its stages."""
+def multiply_adds(network: Interflow, height: int, width: int | None = None, channels: int = 3) -> int:
+    """Of one image, square where no width is given, through the backbone, and of linear layers on the pooled maps."""
     device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network.backbone(torch.zeros(1, 3, image_size, image_size, device=device))
+        network.backbone(torch.zeros(1, channels, height, width or height, device=device))
     heads = sum(network.num_classes * stage.channels for stage in network.stages)
     return counter.get_total_flops() // 2 + heads  # a multiplication and an addition count as two there
 

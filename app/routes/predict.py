@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from math import inf
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_json
 
 from app.deadline import deadline_of
@@ -18,6 +19,7 @@ from app.decoders import Decoders
 from app.errors import (
     EmptyImageError,
     InferenceError,
+    NoExitError,
     NoLayerAttentionError,
     TooManyBytesError,
     problem_of,
@@ -46,6 +48,34 @@ class PredictQuery(ModelQuery):
         Literal["none", "maps"],
         Field(description="maps: where in the image each stage's contributions come from, as numbers, too"),
     ] = "none"
+    mode: Annotated[
+        Literal["full", "adaptive"],
+        Field(
+            description="adaptive: an image that a stage is sure of stops there, and its answer is that stage's "
+            "reading; 422 where the model has no exits, and with `layers` or `explain=maps`, which take all stages"
+        ),
+    ] = "full"
+    max_loss: Annotated[
+        float | None,
+        Field(
+            ge=0, le=1,
+            description="of `mode=adaptive`: accuracy that may be lost against full depth; the server's setting",
+        ),
+    ] = None  # fmt: skip
+
+    @field_validator("mode")
+    @classmethod
+    def _whole_where_all_is_asked(cls, mode: str, others: ValidationInfo) -> str:
+        if mode == "adaptive" and (others.data.get("layers") or others.data.get("explain") == "maps"):
+            raise ValueError("`layers` and `explain=maps` take all stages; leave either them or `adaptive` out")
+        return mode
+
+    @field_validator("max_loss")
+    @classmethod
+    def _comes_with_its_mode(cls, max_loss: float, others: ValidationInfo) -> float:
+        if others.data.get("mode") == "full":
+            raise ValueError("it is of `mode=adaptive`; give both, or neither")
+        return max_loss
 
 
 class QueryRoute(APIRoute):
@@ -87,10 +117,12 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     """Classify one image, and say what each stage of the network believes and how much it counted.
 
     With `layers`, also what its blocks drew on, where they have attention of their own (AFI, MRLA, AFF). With
-    `explain=maps`, also the exact sum over stages and positions that each fused logit is.
+    `explain=maps`, also the exact sum over stages and positions that each fused logit is. With `mode=adaptive`, no
+    deeper stage is evaluated than the image needs for a promised accuracy.
     """
     deadline = deadline_of(request)
     model = _model(request, query)
+    thresholds = _thresholds(request, model, query)
     request.app.state.decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
     model.inference.require_room()
     source = await read_image(request, request.app.state.settings.max_bytes)
@@ -100,7 +132,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
         image = await _decode(request, model, query, source, deadline)
         decoded = time.perf_counter()
         wanted = model.interpreter.wanted(query.layers, query.explain == "maps")
-        inferred = await model.inference.infer(image.pixels[np.newaxis], wanted, deadline)
+        inferred = await model.inference.infer(image.pixels[np.newaxis], wanted, deadline, thresholds)
         interpretation = await _interpret(request, model, query, inferred.outputs, image)
         return _answer(request, model, interpretation, inferred, (received, decoded))
 
@@ -121,6 +153,7 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
     """
     deadline = deadline_of(request)
     model = _model(request, query)
+    thresholds = _thresholds(request, model, query)
     settings: Settings = request.app.state.settings
     sources = await read_images(request, settings.max_batch_bytes, settings.max_queue)
     received = time.perf_counter()
@@ -145,7 +178,8 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
         step = model.runtime.max_batch if maps else max(1, len(images))
         for start in range(0, len(images), step):
             part = images[start : start + step]
-            inferred = await model.inference.infer(np.stack([image.pixels for image in part]), wanted, deadline)
+            pixels = np.stack([image.pixels for image in part])
+            inferred = await model.inference.infer(pixels, wanted, deadline, thresholds)
             for place, image in enumerate(part):
                 try:
                     said = await _interpret(request, model, query, inferred.outputs, image, place=place)
@@ -182,7 +216,7 @@ async def _interpret(
 ) -> Interpretation:
     """What the network's outputs say of an image, by its place in the batch; with maps, where they are wanted."""
     interpreter = model.interpreter
-    interpretation = interpreter.interpret(outputs, place, query.top_k)
+    interpretation = interpreter.interpret(outputs, place, query.top_k, adaptive=query.mode == "adaptive")
     if image.seen is not None:
         arguments = (outputs, place, interpretation, image.seen)
         if interpreter.map_values <= INLINE_VALUES:
@@ -210,6 +244,27 @@ def _model(request: Request, query: PredictQuery) -> LoadedModel:
             "model whose card (GET /model) lists `layer_attention`."
         )
     return model
+
+
+def _thresholds(request: Request, model: LoadedModel, query: PredictQuery) -> tuple[float, ...] | None:
+    """At which confidence of their readings stages stop; None where none is to."""
+    if query.mode == "full":
+        return None
+    exits = model.card.exits
+    if not exits:
+        raise NoExitError(
+            f"model {model.card.name!r} cannot stop early: its card (GET /model) lists no `exits`. Leave "
+            "`mode=adaptive` out."
+        )
+    settings: Settings = request.app.state.settings
+    max_loss = settings.max_loss if query.max_loss is None else query.max_loss
+    kept = [policy for policy in exits if policy.max_loss <= max_loss]
+    if not kept:
+        raise NoExitError(
+            f"max_loss {max_loss:g}: the least that model {model.card.name!r} has thresholds for is "
+            f"{exits[0].max_loss:g}. Ask for that much, or leave `mode=adaptive` out."
+        )
+    return tuple(inf if threshold is None else threshold for threshold in kept[-1].thresholds)
 
 
 def _answer(

@@ -88,12 +88,12 @@ export function fusedLogits(evidence, parts) {
   return evidence.classes.map((index) => sum(contributions(evidence, index, NOTHING, parts)));
 }
 
-/** Probabilities of logits over a temperature. */
-export function softmax(logits, temperature) {
+/** Confidences of fused logits, by the temperature and the power of the model's card. */
+export function confidences(logits, { temperature, power }) {
   const largest = Math.max(...logits);
-  const powers = logits.map((logit) => Math.exp((logit - largest) / temperature));
-  const total = sum(powers);
-  return powers.map((power) => power / total);
+  const chances = logits.map((logit) => Math.exp(-(((largest - logit) / temperature) ** power)));
+  const total = sum(chances);
+  return chances.map((chance) => chance / total);
 }
 
 /** Each stage's share of the evidence for a class: its absolute evidence over that of all stages. */

@@ -2,7 +2,7 @@
 
 import { boxOn } from "./box.js";
 import { colour, drawPicture, drawWeights, gridOf, layerOf, limitOf, openPicture, signed, total } from "./draw.js";
-import { ALL, NOTHING, contributions, decode, fusedLogits, kept, map, shares, softmax } from "./evidence.js";
+import { ALL, NOTHING, confidences, contributions, decode, fusedLogits, kept, map, shares } from "./evidence.js";
 import { EXAMPLES } from "./examples.js";
 import { Problem, ask, curlLine, key, predict } from "./server.js";
 
@@ -156,8 +156,8 @@ function showPicture(picture, seen, area, label = "The image", layer = null, smo
 /** All that an answer brings; what follows from it is shown by `changed`. */
 function showRun() {
   const { answer, evidence } = state.run;
-  const { classes, temperature } = state.run.card;
-  state.run.probabilities = softmax(fusedLogits(evidence), temperature);
+  const { classes } = state.run.card;
+  state.run.probabilities = confidences(fusedLogits(evidence), state.run.card);
   state.run.ranking = evidence.classes
     .map((index, place) => ({ index, place }))
     .sort((one, other) => state.run.probabilities[other.place] - state.run.probabilities[one.place]);
@@ -262,7 +262,7 @@ function showChoices() {
   const asked = isAsked();
 
   // the answer
-  const now = softmax(fusedLogits(evidence, parts), card.temperature);
+  const now = confidences(fusedLogits(evidence, parts), card);
   showBars(now, asked);
   showChange(now, asked);
 

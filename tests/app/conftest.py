@@ -77,7 +77,7 @@ class ColourNetwork:
 
     weights = np.array([[1.0] * 3, [-1.5] * 3, [0.5] * 3], np.float32)
 
-    def run(self, images: np.ndarray, names: Sequence[str]) -> Outputs:
+    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
         outputs = self.outputs(images)
         return {name: outputs[name] for name in names}
 
@@ -281,6 +281,16 @@ def only_bundled(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     exports = tmp_path_factory.mktemp("bundled")
     shutil.copytree(bundled, exports / "digits" / "1")
     return exports
+
+
+@pytest.fixture(scope="module")
+def both(serve: Serve, bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+    """A client of a server of two bundled models, digits and cifar10, and no others."""
+    exports = tmp_path_factory.mktemp("both")
+    for name in ("cifar10", "digits"):
+        shutil.copytree(bundled.parents[1] / name / "1", exports / name / "1")
+    with serve(create_app(Settings(exports=exports))) as client:
+        yield client
 
 
 @pytest.fixture

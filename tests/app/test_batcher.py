@@ -36,7 +36,7 @@ class Echo:
         if gate_open:
             self.gate.set()
 
-    def run(self, batch, names):
+    def run(self, batch, names, thresholds=None):
         levels = batch[:, 0, 0, 0].astype(np.float32)
         self.batches.append(levels.tolist())
         self.names.append(set(names))
@@ -203,7 +203,7 @@ def test_who_is_cancelled_while_running_harms_nobody(batcher):
 class Fussy(Echo):
     """Fails on a batch that holds level 13."""
 
-    def run(self, batch, names):
+    def run(self, batch, names, thresholds=None):
         outputs = super().run(batch, names)
         if 13 in self.batches[-1]:
             raise InferenceError("thirteen")
@@ -229,7 +229,7 @@ def test_a_failure_is_that_batchs_alone(batcher):
 
 def test_a_part_that_fails_fails_its_request_once_and_withdraws_the_rest(batcher, logs):
     class Closing(Fussy):
-        def run(self, batch, names):
+        def run(self, batch, names, thresholds=None):
             try:
                 return super().run(batch, names)
             finally:
@@ -253,7 +253,7 @@ def test_a_part_that_fails_fails_its_request_once_and_withdraws_the_rest(batcher
 
 def test_whatever_a_network_raises_the_lane_goes_on(batcher):
     class Broken(Echo):
-        def run(self, batch, names):
+        def run(self, batch, names, thresholds=None):
             if batch[0, 0, 0, 0] == 0:
                 raise ZeroDivisionError
             return super().run(batch, names)
@@ -404,7 +404,7 @@ def test_waiting_counts_as_queue_and_running_as_inference(batcher, monkeypatch):
     clock = 0.0
 
     class Timed(Echo):
-        def run(self, batch, names):
+        def run(self, batch, names, thresholds=None):
             nonlocal clock
             outputs = super().run(batch, names)
             clock += 2

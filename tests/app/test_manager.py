@@ -489,9 +489,14 @@ def resident_bytes(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux' /proc")
-def test_reloads_under_load_fail_no_request_answer_none_wrong_and_keep_no_memory(start, artefact, add, rewrite_card):
-    """Two versions in turn, told apart by the temperature of their confidence."""
-    rewrite_card(add("2"), version="2", temperature=20.0)
+@pytest.mark.parametrize("query", ["", "?mode=adaptive&max_loss=0.01"])
+def test_reloads_under_load_fail_no_request_answer_none_wrong_and_keep_no_memory(
+    start, artefact, add, rewrite_card, query
+):
+    """Two versions in turn, told apart by the temperature of their confidence; adaptive, the first stops early."""
+    policy = {"max_loss": 0.01, "accuracy": 1, "work": 1, "stops": [0, 0, 0, 1]}
+    rewrite_card(add("2"), version="2", temperature=20.0, exits=[policy | {"thresholds": [None, None, None]}])
+    rewrite_card(artefact, exits=[policy | {"thresholds": [None, 0.3, None]}])
     pictures = [path.read_bytes() for path in (ROOT / "app" / "static" / "examples").glob("digits-*.png")]
     key = {"X-API-Key": "sesame"}
     settings = {"provider": "cpu", "threads": 1, "lanes": 1, "log_level": "warning"}  # nobody reads what it logs
@@ -500,7 +505,7 @@ def test_reloads_under_load_fail_no_request_answer_none_wrong_and_keep_no_memory
     done = threading.Event()
 
     def ask(client, picture):
-        answer = client.post("/predict", files={"image": picture})
+        answer = client.post(f"/predict{query}", files={"image": picture})
         assert answer.status_code == 200, answer.text
         body = answer.json()
         return body["model"]["version"], body["prediction"]["label"], body["prediction"]["confidence"]

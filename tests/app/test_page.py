@@ -173,8 +173,8 @@ class Told:
     ) -> np.ndarray:
         """Of all classes, with what `kept` leaves of each stage's planes (K, h, w)."""
         logits = sum(kept(number, planes[:-1]).sum(axis=(1, 2)) for number, planes in enumerate(self.stages))
-        powers = np.exp((logits - logits.max()) / self.card["temperature"])
-        return powers / powers.sum()
+        chances = np.exp(-(((logits.max() - logits) / self.card["temperature"]) ** self.card["power"]))
+        return chances / chances.sum()
 
     def evidence(self, index: int, other: int = -1) -> list[float]:
         """Of each stage, for a class against another, or against all."""
@@ -248,17 +248,18 @@ def test_the_arithmetic_is_that_of_numpy(open_page, server, photos):
     """`evidence.js` by itself, on a photograph, with its own cells and boxes that cut cells."""
     page = open_page()
     told = Told(server, (photos / "rocket.jpg").read_bytes())
+    told.card["power"] = 1.5  # whatever that of the bundled model is
     box = {"left": 0.11, "top": 0.3, "right": 0.52, "bottom": 0.875}
     found = page.evaluate(
-        """async ([maps, temperature, box]) => {
-            const { ALL, NOTHING, contributions, covered, decode, density, enlarge, fusedLogits, kept, map, shares,
-                softmax, sum } = await import("./static/evidence.js");
+        """async ([maps, card, box]) => {
+            const { ALL, NOTHING, confidences, contributions, covered, decode, density, enlarge, fusedLogits, kept,
+                map, shares, sum } = await import("./static/evidence.js");
             const evidence = decode(maps);
             const parts = kept(evidence, new Set([1]), box, false);
             const first = evidence.stages[0];
             const dense = density(map(evidence, 0, 3, ALL));
             return {
-                logits: fusedLogits(evidence), less: softmax(fusedLogits(evidence, parts), temperature),
+                logits: fusedLogits(evidence), less: confidences(fusedLogits(evidence, parts), card),
                 only: fusedLogits(evidence, kept(evidence, new Set(), box, true)),
                 without: fusedLogits(evidence, kept(evidence, new Set(), box, false)),
                 against: contributions(evidence, 3, 5), evidence: contributions(evidence, 3, ALL),
@@ -268,7 +269,7 @@ def test_the_arithmetic_is_that_of_numpy(open_page, server, photos):
                     sum(enlarge(dense, first.height, first.width, 192, smooth)) / 192 ** 2)],
             };
         }""",
-        [told.answer["maps"], told.card["temperature"], box],
+        [told.answer["maps"], told.card, box],
     )
     logits = sum(planes[:-1].sum(axis=(1, 2)) for planes in told.stages)
     assert found["logits"] == pytest.approx(logits)

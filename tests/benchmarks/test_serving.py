@@ -18,12 +18,12 @@ import pytest
 from app.upload import plain_parts
 from benchmarks import servers, wrk
 from benchmarks.client import Client
-from benchmarks.material import Images, find_model, tensor_request
+from benchmarks.material import Images, find_model, read_card, tensor_request
 from benchmarks.servers import ServerError, free_port, running
 from benchmarks.serving import Measurement
 from benchmarks.serving_report import BARE, LARGE, OURS, ROUTE, SMALL, bare, draw, figure, ratios, table
 from benchmarks.soak import checker, growth
-from model.contract import InterflowError
+from model.contract import ExitPolicy, InterflowError
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = """Running 2s test @ http://127.0.0.1:8000/predict
@@ -268,14 +268,26 @@ def _answer(label: str, confidence: float, version: str) -> bytes:
 
 def test_an_answer_is_held_against_its_image_and_its_version():
     logits = np.array([[np.log(3), 0.0], [0.0, np.log(4)]])  # 3 to 1, and 1 to 4
-    images = Images("two", [], np.empty(0), logits, ["cat", "dog"])
-    check = checker(images, ("cat", "dog"), {"1": 1.0, "2": 2.0})
+    branch_logits = np.stack([[[0, np.log(9)], [0, np.log(9)]], logits], axis=1)  # the first stage: always a dog
+    images = Images("two", [], np.empty(0), logits, branch_logits, ["cat", "dog"])
+    policies = [
+        ExitPolicy(max_loss=loss, thresholds=(limit,), accuracy=1, work=1, stops=(0.5, 0.5))
+        for loss, limit in ((0.01, 0.91), (0.1, 0.89))
+    ]
+    card = read_card(ROOT / "exports" / "digits" / "1").model_copy(
+        update={"classes": ("cat", "dog"), "reading_scales": ((1, 1),) * 2, "power": 1, "exits": tuple(policies)}
+    )
+    check = checker(images, card, {"1": 1.0, "2": 2.0})
     assert check(0, _answer("cat", 0.75, "1")) is None
     assert check(1, _answer("dog", 0.8, "1")) is None
     assert check(1, _answer("dog", 2 / 3, "2")) is None  # half the logits: 1 to 2
     assert check(1, _answer("cat", 0.8, "1")) == "cat instead of dog"
     assert "confidence 0.8 instead of 0.667" in check(1, _answer("dog", 0.8, "2"))
     assert check(0, _answer("cat", 0.75, "3")) == "version 3, which is not there"
+    adaptive = checker(images, card, {"1": 1.0}, max_loss=0.1)  # of which the first stage is sure enough, or not
+    assert adaptive(0, _answer("dog", 0.9, "1")) is None
+    assert adaptive(0, _answer("cat", 0.75, "1")) == "cat instead of dog"
+    assert checker(images, card, {"1": 1.0}, max_loss=0.01)(0, _answer("cat", 0.75, "1")) is None
 
 
 def _ask_a_server_that(answers: list[bytes]) -> tuple[Client, int]:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from model.contract import CARD_FILE, ModelCard
-from model.explain import softmax
+from model.explain import fused_confidences, softmax
 from model.panels import AGAINST, NEUTRAL, TOWARDS, Question, Tile, explained, heat_map, limit_of, overlay, panel
 
 
@@ -158,7 +158,7 @@ def test_what_a_panel_of_a_network_says_is_what_its_numbers_are(monkeypatch, bun
             f"weight {weights[number, 7]:.3g}, {weights[number, 2]:.3g}",
         ]
         assert np.nanmean(tile.values) == pytest.approx(difference[number])
-    says = softmax((weights * z).sum(axis=0) / card.temperature)
+    says = fused_confidences((weights * z).sum(axis=0), card.temperature, card.power)
     assert list(fused.lines) == [
         f"says {card.classes[says.argmax()]}, {says.max():.1%}", f"difference {difference.sum():+.3g}",
     ]  # fmt: skip

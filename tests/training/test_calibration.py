@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.explain import contributions, readings, shares, softmax
+from model.explain import contributions, fused_confidences, readings, shares, softmax
 from model.registry import create_model
 from training.calibration import (
     Predictions,
+    adaptive_ece,
     branch_accuracy,
     branch_ece,
+    branch_nll,
     class_recall,
     confusion,
+    ece,
+    fit_confidence,
     fit_reading_scales,
     fit_temperature,
     fused_accuracy,
     fused_auroc,
     fused_ece,
+    fused_nll,
     held_out_figures,
     importance,
     macro_f1,
@@ -62,6 +67,9 @@ def test_a_branch_that_is_never_wrong_gets_a_finite_scale():
     # Platt's targets: 100 right in 100 makes the next right with 101 in 102
     assert softmax(scale * logits).max(axis=1) == pytest.approx(101 / 102, rel=1e-4)
     assert softmax(logits / fit_temperature(predictions)).max(axis=1) == pytest.approx(101 / 102, rel=1e-4)
+    temperature, power = fit_confidence(predictions)
+    assert fused_confidences(logits, temperature, power).max(axis=1) == pytest.approx(101 / 102, rel=1e-4)
+    assert power == pytest.approx(1, abs=1e-3)  # of equal distances none tells
 
 
 def test_a_branch_that_never_varies_keeps_its_weight():
@@ -89,6 +97,64 @@ def test_temperature_calibrates_and_never_changes_the_ranking():
         assert fit_temperature(other) == pytest.approx(temperature * unit, rel=0.01)
     upside_down = Predictions(-predictions.branch_logits, predictions.branch_weights, labels)
     assert fit_temperature(upside_down) == 1.0
+
+
+def drawn(probabilities, seed=0):
+    """Labels of these very probabilities."""
+    random = np.random.default_rng(seed)
+    return (probabilities.cumsum(axis=1) > random.random((len(probabilities), 1))).argmax(axis=1)
+
+
+def of_one_stage(logits, labels):
+    return Predictions(logits[:, None], np.ones((1, logits.shape[1])), labels)
+
+
+@pytest.mark.parametrize(("temperature", "power"), [(1.0, 1.0), (0.5, 1.6), (3.0, 1.3), (0.2, 0.7)])
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 500.0])
+def test_the_temperature_and_power_that_made_the_labels_are_found_whatever_the_units(temperature, power, unit):
+    logits = np.random.default_rng(1).normal(0, 2, size=(40_000, 6))
+    truth = fused_confidences(logits, temperature, power)
+    predictions = of_one_stage(logits * unit, drawn(truth))
+    found = fit_confidence(predictions)
+    assert found == (pytest.approx(temperature * unit, rel=0.06), pytest.approx(power, rel=0.06))
+    assert fused_ece(predictions, *found) < 0.008 > ece(truth, predictions.labels)
+    assert adaptive_ece(fused_confidences(predictions.logits, *found), predictions.labels) < 0.008
+
+
+def test_few_images_do_not_move_the_power_far():
+    logits, labels = sampled(2.0, count=30)
+    assert fit_confidence(of_one_stage(logits, labels))[1] == pytest.approx(1, abs=0.4)
+    assert fit_confidence(of_one_stage(-logits, labels)) == (1, 1)  # worse than chance
+
+
+@pytest.mark.parametrize("power", [0.6, 1.0, 1.7, 3.0])
+def test_no_fit_changes_the_ranking_and_none_sends_a_probability_out_of_range(power):
+    logits = np.random.default_rng(2).normal(0, 1, size=(500, 10)).astype(np.float32)
+    said = fused_confidences(logits, 0.7, power)
+    np.testing.assert_array_equal(said.argsort(axis=1), logits.argsort(axis=1))
+    np.testing.assert_allclose(said.sum(axis=1), 1)
+    np.testing.assert_allclose(fused_confidences(logits + 5, 0.7, power), said, rtol=1e-4)
+    np.testing.assert_allclose(fused_confidences(logits, 0.7, 1), softmax(logits.astype(float) / 0.7))
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_fitting_never_lowers_the_likelihood_of_what_it_is_fitted_on(power):
+    logits = np.random.default_rng(3).normal(0, 2, size=(3000, 4))
+    predictions = of_one_stage(logits, drawn(fused_confidences(logits, 0.4, power)))
+    plain, fitted = fit_temperature(predictions), fit_confidence(predictions)
+    slack = 1e-3  # Platt's targets and the prior are not the labels
+    assert fused_nll(predictions, *fitted) <= fused_nll(predictions, plain) + slack
+    assert fused_nll(predictions, plain) <= fused_nll(predictions, 1) + slack
+    scales = fit_reading_scales(predictions, per_class=True)
+    assert branch_nll(predictions, scales)[0] <= branch_nll(predictions, np.ones((1, 4)))[0] + slack
+    if power > 1:
+        assert fused_nll(predictions, *fitted) < fused_nll(predictions, plain) - 0.003
+
+
+def test_likelihood_by_hand():
+    predictions = of_one_stage(np.log([[3.0, 1], [1, 4]]), np.array([0, 0]))
+    assert fused_nll(predictions, 1) == pytest.approx(-(np.log(3 / 4) + np.log(1 / 5)) / 2)
+    assert branch_nll(predictions, np.zeros((1, 2))) == [pytest.approx(np.log(2))]
 
 
 def test_accuracies_by_hand():
@@ -240,7 +306,7 @@ def seen(network, digits):
     answers = test.logits.argmax(axis=1)
     return {
         "answers": answers,
-        "confidence": softmax(test.logits / fit_temperature(held_out)),
+        "confidence": fused_confidences(test.logits, *fit_confidence(held_out)),
         "readings": readings(test.branch_logits, scales),
         "shares": shares(contributions(test.branch_logits, test.branch_weights), answers),
         "importance": importance(held_out),

@@ -13,13 +13,14 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.calibration import calibration_curve
 
 from model.contract import InterflowError, ModelCard
-from model.explain import softmax
+from model.explain import fused_confidences, softmax
 from training import evaluate as command
 from training.artefact import network_of
+from training.calibration import adaptive_ece
 from training.checkpoint import load_network
 from training.data import load_data
 from training.evaluate import main
-from training.evaluation import adaptive_ece, class_selectivity, divergence, evaluate, figures, reliability
+from training.evaluation import class_selectivity, divergence, evaluate, figures, reliability
 from training.evaluation_data import load_images
 from training.recipe import load_recipe
 from training.report import render
@@ -170,7 +171,7 @@ def test_disagreements_and_errors_are_the_most_extreme_ones(reports, outputs, tr
     bits = jensenshannon(readings[:, 0], readings[:, -1], base=2, axis=1) ** 2
     shown = run["disagreements"]
     assert [entry["divergence_bits"] for entry in shown] == pytest.approx(np.sort(bits)[::-1][: len(shown)], abs=1e-4)
-    confidence = softmax(said.logits.double().numpy() / card.temperature)
+    confidence = fused_confidences(said.logits.double().numpy(), card.temperature, card.power)
     wrong = np.sort(confidence.max(axis=1)[confidence.argmax(axis=1) != labels])[::-1]
     assert len(run["errors"]) == min(12, len(wrong)) > 0
     assert [entry["confidence"] for entry in run["errors"]] == pytest.approx(wrong[:12], abs=1e-4)

@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,6 @@ EXAMPLES = ROOT / "app" / "static" / "examples"
 MODELS = ["cifar10", "digits"]
 STAGES = ["conv4", "conv7", "conv10", "conv13"]
 STYLES = ["overlay", "map", "panel"]
-
-
-@pytest.fixture(scope="module")
-def both(serve, tmp_path_factory):
-    """A client of a server of the two bundled models."""
-    exports = tmp_path_factory.mktemp("both")
-    for name in MODELS:
-        shutil.copytree(ROOT / "exports" / name / "1", exports / name / "1")
-    with serve(create_app(Settings(exports=exports))) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +286,7 @@ def test_numbers_that_are_not_finite_are_no_picture(serve, colour_model, colour_
     from app.repository import Repository
 
     class Overflowing:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             return colour_network.run(images, names) | {LOGITS: np.full((len(images), 3), np.nan, np.float32)}
 
     with serve(create_app(Settings(), Repository([colour_model(Overflowing())]))) as client:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,6 @@ from model.images import read_input
 ROOT = Path(__file__).parents[3]
 PHOTOS = ["chelsea.png", "astronaut.png", "rocket.jpg", "retina.jpg", "camera.png", "horse.png"]
 MODELS = ["cifar10", "digits"]
-
-
-@pytest.fixture(scope="module")
-def both(serve, tmp_path_factory):
-    """A client of a server of the two bundled models."""
-    exports = tmp_path_factory.mktemp("both")
-    for name in MODELS:
-        shutil.copytree(ROOT / "exports" / name / "1", exports / name / "1")
-    with serve(create_app(Settings(exports=exports))) as client:
-        yield client
 
 
 def card_of(model):
@@ -103,7 +92,7 @@ def test_only_who_asks_for_maps_has_them_computed(serve, colour_model, colour_ne
     asked = []
 
     class Watched:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             asked.append(set(names))
             return colour_network.run(images, names)
 
@@ -153,7 +142,7 @@ class ManyClasses:
     maps = np.random.default_rng(0).normal(size=(2, classes, 3, 2)).astype(np.float32)
     weights = np.random.default_rng(1).normal(size=(2, classes)).astype(np.float32)
 
-    def run(self, images, names):
+    def run(self, images, names, thresholds=None):
         z = self.maps.mean(axis=(2, 3))
         outputs = {
             LOGITS: (self.weights * z).sum(axis=0),

@@ -105,8 +105,9 @@ def test_the_numbers_are_predicts(digits):
         picture = io.BytesIO()
         Image.fromarray(image[..., 0]).save(picture, "png")
         predicted = digits.post("/predict", files={"image": picture.getvalue()}).json()
-        logits = outputs["logits"][index] / card.temperature
-        confidences = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        logits = outputs["logits"][index]
+        chances = np.exp(-(((logits.max() - logits) / card.temperature) ** card.power))
+        confidences = chances / chances.sum()
         assert predicted["prediction"]["index"] == confidences.argmax()
         assert predicted["prediction"]["confidence"] == pytest.approx(confidences.max(), abs=1e-5)
         answer = predicted["prediction"]["index"]
@@ -150,7 +151,7 @@ def test_only_what_is_asked_for_is_computed(serve, colour_model):
     asked = []
 
     class Recording:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             asked.append(list(names))
             return {name: np.zeros((len(images), 3), np.float32) for name in names}
 
@@ -217,7 +218,7 @@ def test_a_request_may_limit_its_time(serve, colour_model):
     gate = threading.Event()
 
     class Waiting:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             assert gate.wait(30)
             return {name: np.zeros((len(images), 3), np.float32) for name in names}
 
@@ -229,7 +230,7 @@ def test_a_request_may_limit_its_time(serve, colour_model):
 
 def test_numbers_that_are_not_finite_are_no_answer(serve, colour_model):
     class Broken:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             return {name: np.full((len(images), 3), np.nan, np.float32) for name in names}
 
     with serve(create_app(Settings(), Repository([colour_model(Broken())]))) as client:
@@ -330,7 +331,7 @@ def test_bodies_are_limited_while_they_come_in_and_before_they_are_inflated(serv
 
 def test_an_answer_that_would_fill_the_memory_is_refused_before_anything_is_computed(serve, colour_model):
     class Untouched:
-        def run(self, images, names):
+        def run(self, images, names, thresholds=None):
             raise AssertionError
 
     settings = Settings(max_tensor_bytes=20_000, max_json_bytes=5_000)

@@ -1,0 +1,251 @@
+"""A trained network without the stages behind one of them: shorter, and still an exact sum of those it keeps.
+
+Each stage's branch sees nothing of the deeper stages, so what is kept says what it said in the whole network: the fused
+logits are the first summands of the whole's. All that is fitted is fitted anew.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from model.backbones.weights import load_weights
+from model.contract import InterflowError, ModelCard
+from model.interflow import Interflow
+from training.artefact import network_of
+from training.calibration import Predictions, fused_accuracy
+from training.checkpoint import load_network, read_progress, weights_sha256
+from training.data import ImageData, load_data
+from training.finish import fitted_on
+from training.fitting import fitted_fields
+from training.loop import choose_device, predict
+from training.recipe import Recipe, load_recipe
+from training.run import Run
+from training.work import stage_work
+
+AUTO = "auto"
+"""In a stage's place: the shortest network that loses little."""
+TOLERANCE = 0.2
+"""Points of accuracy that it may lose, where nobody says."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, and what its network says of the run's own images.
+
+    Attributes:
+        run, recipe, card: as they were saved; the recipe with the mean and deviation that the images had.
+        network: in evaluation mode, on the CPU.
+        data: the run's.
+        held_out, test: outputs; what was held out is train where nothing was.
+    """
+
+    run: Run
+    recipe: Recipe
+    card: ModelCard
+    network: Interflow
+    data: ImageData
+    held_out: Predictions
+    test: Predictions
+
+
+def open_finished(run: Run) -> tuple[ModelCard, Interflow]:
+    """A finished run's card and its network, in evaluation mode, on the CPU.
+
+    Raises:
+        InterflowError: not finished, or not with the weights that the card describes.
+    """
+    card = run.finished_card()
+    network = network_of(card)
+    load_network(run.checkpoint, network)
+    if weights_sha256(network) != card.provenance.weights_sha256:
+        raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
+    return card, network
+
+
+def open_trained(run: Run, data: ImageData | None = None) -> Trained:
+    """Open a finished run and ask its network about all held-out and test images.
+
+    Args:
+        run: its folder.
+        data: the run's images, where they are loaded already.
+
+    Raises:
+        InterflowError: as `open_finished`, or its images are not there or not the same.
+    """
+    card, network = open_finished(run)
+    recipe = load_recipe(run.recipe).model_copy(update={"mean": card.input.mean, "std": card.input.std})
+    if data is None:
+        data = data_of(run, recipe)
+    network.to(choose_device("auto"))
+    held_out = predict(network, data, data.val or data.train, recipe)
+    test = predict(network, data, data.test, recipe)
+    return Trained(run, recipe, card, network.cpu(), data, held_out, test)
+
+
+def data_of(run: Run, recipe: Recipe) -> ImageData:
+    """The images that a run was trained on, to fit another form of its network.
+
+    Raises:
+        InterflowError: they are not there, or not the same.
+    """
+    try:
+        data = load_data(recipe)
+    except InterflowError as error:
+        raise InterflowError(
+            f"{run.folder}: a network in another form is fitted anew, which takes the run's own images; put them back "
+            f"where {run.recipe} says. {error}"
+        ) from error
+    if data.fingerprint != read_progress(run.checkpoint).data:
+        raise InterflowError(
+            f"{run.folder}: the images of {recipe.data} are not those that the run was trained on; put them back, or "
+            f"train a new run."
+        )
+    return data
+
+
+def require_cuttable(card: ModelCard) -> None:
+    """Check that there are shorter networks in this one.
+
+    Raises:
+        InterflowError: its shallow branches need the deep stages, or there is one stage.
+    """
+    if card.backbone.neck:
+        raise InterflowError(
+            f"{card.name} cannot be cut: behind its neck ({card.backbone.neck}) every stage's branch needs the deeper "
+            f"stages. Train it without --neck."
+        )
+    if len(card.stages) == 1:
+        raise InterflowError(f"{card.name} cannot be cut: it has one stage, {card.stages[0].name}.")
+
+
+def require_stage(card: ModelCard, stage: str) -> None:
+    """Check that a network can be cut behind the stage of this name, or behind that of "auto".
+
+    Raises:
+        InterflowError: as `require_cuttable`, or it has no such stage.
+    """
+    require_cuttable(card)
+    names = [info.name for info in card.stages]
+    if stage not in (AUTO, *names):
+        raise InterflowError(f"there is no stage {stage!r}; {card.name} has {', '.join(names)}, or say {AUTO}.")
+
+
+def shorten(network: Interflow, card: ModelCard, stage: str) -> tuple[Interflow, dict[str, Any]]:
+    """Cut a network behind a stage.
+
+    Args:
+        network: in evaluation mode, on the CPU; it is left as it is.
+        card: describes it.
+        stage: the last one to keep.
+
+    Returns:
+        The shortened network, in evaluation mode, with copies of the weights; and the fields of a card that describe
+        it: backbone, method, stages and layer_attention.
+
+    Raises:
+        InterflowError: as `require_stage`, or the backbone is not made to be that short.
+    """
+    require_stage(card, stage)
+    kept = [info.name for info in card.stages].index(stage) + 1
+    weights = card.method.initial_weights
+    described = {
+        "backbone": card.backbone.model_copy(update={"depth": card.stages[kept - 1].depth}),
+        "method": card.method.model_copy(
+            update={"initial_weights": weights if weights == "random" else weights[:kept]}
+        ),
+        "stages": card.stages[:kept],
+    }
+    short = network_of(card.model_copy(update=described))
+    tensors = dict(network.state_dict())
+    tensors["attention.weight"] = tensors["attention.weight"][:kept]
+    load_weights(short, tensors, f"the weights of {card.name}, cut behind {stage}", spare=tensors)
+
+    work = stage_work(short, card.input)
+    image = torch.zeros(1, card.input.channels, card.input.height, card.input.width)
+    with torch.inference_mode():
+        rows = len(short.features(image).attention)
+    described["stages"] = tuple(
+        info.model_copy(update={"work": done}) for info, done in zip(card.stages[:kept], work, strict=True)
+    )
+    return short, described | {"layer_attention": card.layer_attention[:rows]}
+
+
+def shortened(trained: Trained, stage: str) -> tuple[Interflow, ModelCard]:
+    """Cut a run's network behind a stage, and fit and measure anew all that its card needs.
+
+    Returns:
+        The network, as `shorten`, and its card: of a model of its own, named after the stage.
+
+    Raises:
+        InterflowError: as `shorten`.
+    """
+    card = trained.card
+    network, described = shorten(trained.network, card, stage)
+    kept = len(network.stages)
+    provenance = card.provenance.model_copy(
+        update={"created": datetime.now(UTC), "weights_sha256": weights_sha256(network)}
+    )
+    fitted = fitted_fields(
+        first_stages(trained.held_out, kept),
+        first_stages(trained.test, kept),
+        per_class=network.method.attention == "class",
+        work=tuple(info.work for info in described["stages"]),
+        data=trained.data.name,
+        fitted_on=fitted_on(trained.data),
+        seed=trained.recipe.seed,
+    )
+    fields = dict(card) | described | {"name": name_of_cut(card.name, stage), "provenance": provenance} | fitted
+    return network, ModelCard.model_validate(fields)
+
+
+def name_of_cut(name: str, stage: str) -> str:
+    """What a network, or run, of this name is called when it is cut behind the stage."""
+    return f"{name}-{re.sub('[^A-Za-z0-9._-]+', '-', stage)}"
+
+
+def first_stages(predictions: Predictions, count: int) -> Predictions:
+    """What the network says that is cut behind its stage number `count`."""
+    return Predictions(predictions.branch_logits[:, :count], predictions.branch_weights[:count], predictions.labels)
+
+
+def accuracies(predictions: Predictions) -> list[float]:
+    """Fused accuracy of the network cut behind each stage, the last one's the whole's; B values."""
+    stages = predictions.branch_logits.shape[1]
+    return [fused_accuracy(first_stages(predictions, count)) for count in range(1, stages + 1)]
+
+
+def within(accuracy: float, whole: float, tolerance: float) -> bool:
+    """Whether an accuracy is at most `tolerance` points below the whole network's; fractions, in 0..1."""
+    return 100 * (whole - accuracy) <= tolerance + 1e-9  # 0.2 points of 5000 images are ten, not nine
+
+
+def choose(trained: Trained, tolerance: float) -> tuple[str, str]:
+    """The shortest network whose held-out accuracy is within `tolerance` points of the whole's.
+
+    Returns:
+        Its last stage (the whole network's, where no shorter one will do), and why, in a sentence.
+    """
+    names = [info.name for info in trained.card.stages]
+    found = accuracies(trained.held_out)
+    place = next(i for i, accuracy in enumerate(found) if within(accuracy, found[-1], tolerance))
+    listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in zip(names, found, strict=True))
+    what = (
+        f"{names[place]} is the shortest within {tolerance:g} points of the whole network"
+        if place + 1 < len(names)
+        else f"no shorter network is within {tolerance:g} points of the whole, which is kept"
+    )
+    return names[place], f"accuracy on {fitted_on(trained.data)}; cut behind {listed}: {what}."
+
+
+def require_tolerance(tolerance: float) -> float:
+    """Check a number of points of accuracy that may be lost, and give it back.
+
+    Raises:
+        InterflowError: not a number of points.
+    """
+    if not 0 <= tolerance <= 100:
+        raise InterflowError(f"--tolerance {tolerance:g}: expected points of accuracy, such as {TOLERANCE}.")
+    return tolerance
