@@ -119,6 +119,7 @@ def draw(found: Row, scores: Mapping[str, Mapping[str, np.ndarray]], path: Path)
         label = f"{row['name']}: ECE {row['before']['ece']:.0%}, after {row['after']['ece']:.1%}"
         _reliability(axes[1], row["reliability"]["after"], label, colour)
     axes[1].set_title("readings (dashed: before)")
+    best = "doubt" if "doubt" in scores else "1 - confidence"
     names = [name for name in scores["1 - confidence"] if name not in ("held out", "test")]
     for name, colour in zip(names, plt.colormaps["tab10"](range(10)), strict=False):
         for measure, style in (("1 - confidence", "--"), ("doubt", "-")):
@@ -126,7 +127,7 @@ def draw(found: Row, scores: Mapping[str, Mapping[str, np.ndarray]], path: Path)
                 own, sought = scores[measure]["test"], scores[measure][name]
                 shares = np.linspace(0, 1, 201)
                 found_there = (sought[:, np.newaxis] > np.quantile(own, 1 - shares)).mean(axis=0)
-                axes[2].plot(shares, found_there, style, color=colour, label=name if style == "-" else None)
+                axes[2].plot(shares, found_there, style, color=colour, label=name if measure == best else None)
     axes[2].set(
         xlabel="share of the test images with as much doubt", ylabel="share found", xlim=(0, 0.5), ylim=(0, 1),
         title="found by doubt (dashed: 1 - confidence)",

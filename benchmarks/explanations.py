@@ -110,7 +110,7 @@ class Sizes:
 
     faithfulness: int = 200
     layers: int = 32
-    mosaics: int = 12
+    mosaics: int = 40
     weights: int = 12
     shifts: int = 16
     rounds: int = 9

@@ -70,14 +70,17 @@ def main() -> None:
     with tqdm(total=len(counts) * len(BATCHES) * options.rounds, unit="round", disable=None) as bar:
         for threads in counts:
             for batch in BATCHES:
-                timed = measure(options.folders, cards[0], threads=threads, batch=batch, rounds=options.rounds, bar=bar)
+                timed = measure(
+                    options.folders, cards[0], threads=threads, batch=batch, rounds=options.rounds, clock=clock, bar=bar
+                )
                 for row, (whole, pieces) in zip(rows, timed, strict=True):
                     row["times"].append(
                         {"threads": threads, "batch": batch, "milliseconds": whole, "milliseconds_cut": pieces}
                     )
+    of_what = "CPU time" if options.cpu_time else "time"
     conditions = (
-        f"{'CPU time' if options.cpu_time else 'time'} in onnxruntime {onnxruntime.__version__} on {platform.system()}, CPU: {', '.join(cpu_features())}; medians of "
-        f"{options.rounds} rounds; {cards[0].metrics.images} test images of {cards[0].metrics.data}"
+        f"{of_what} in onnxruntime {onnxruntime.__version__} on {platform.system()}, CPU: {', '.join(cpu_features())}; "
+        f"medians of {options.rounds} rounds; {cards[0].metrics.images} test images of {cards[0].metrics.data}"
     )
     text = table(rows, conditions)
     print(text)
@@ -123,6 +126,7 @@ def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the server does
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

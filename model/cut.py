@@ -3,14 +3,17 @@
 So an image whose answer is sure can stop there, and nothing of the deeper stages is computed for it. No torch here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, ValueInfoProto
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from model.contract import InterflowError, branch_map_name
 
+READING = ("reading.logits", "reading.confidence")
+"""Outputs that `with_reading` adds."""
 OWN_COPIES = {"DequantizeLinear"}
 """Each segment has its own: runtimes fuse it with the quantised layer behind it, and what crosses stays small."""
 
@@ -33,8 +36,9 @@ class Segment(NamedTuple):
 def cut(model: ModelProto, stages: int) -> list[Segment]:
     """Cut a graph behind each of its stages.
 
-    Each node goes to the shallowest stage whose class maps need it, and what no class map needs to the last. What does
-    not hold images in dimension 0 (constants, shapes) is computed anew by each segment that needs it.
+    Each node goes to the shallowest stage whose class maps need it; what is made of these maps, to the shallowest that
+    has them all. What does not hold images in dimension 0 (constants, shapes) is computed anew by each segment that
+    needs it.
 
     Args:
         model: an artefact's; a file's weights are inside.
@@ -74,11 +78,17 @@ def cut(model: ModelProto, stages: int) -> list[Segment]:
     maps = [branch_map_name(branch) for branch in range(stages)]
     made: set[str] = {graph.input[0].name}
     """By earlier segments, of images."""
+    trunk = {name: node for name, node in needed(maps, made).items() if holds_images(name)}
+    followers = [name for name in needed(finals, made | trunk.keys()) if holds_images(name)]
     parts: list[dict[str, NodeProto]] = []
     for branch, name in enumerate(maps):
         part = needed([name] if branch + 1 < stages else finals, made)
         if name not in part:
             raise CutError(f"the class maps of stage {branch + 1} are there before those of stage {branch}.")
+        for follower in followers:
+            found = needed([follower], made | part.keys())
+            if not found.keys() & trunk.keys():
+                part |= found
         parts.append(part)
         made |= {name for name, node in part.items() if holds_images(name) and node.op_type not in OWN_COPIES}
 
@@ -104,6 +114,41 @@ def cut(model: ModelProto, stages: int) -> list[Segment]:
     return segments
 
 
+def with_reading(segment: Segment, branch: int, reading_scales: Sequence[float]) -> Segment:
+    """The same segment, which also says how sure its stage is.
+
+    Args:
+        segment: holds the class maps of the branch.
+        branch: counted from 0.
+        reading_scales: (K,), of the branch.
+
+    Returns:
+        A segment with two outputs more, at the end: the branch logits (N, K), and the confidence (N,) of the reading.
+    """
+    model = onnx.load_model_from_string(segment.model)
+    constants = {
+        "places": np.array([2, 3]),
+        "classes": np.array([1]),
+        "scales": np.asarray(reading_scales, np.float32),
+    }
+    nodes = [
+        ("ReduceMean", [branch_map_name(branch), "reading.places"], "reading.logits", {"keepdims": 0}),
+        ("Mul", ["reading.logits", "reading.scales"], "reading.scaled", {}),
+        ("Softmax", ["reading.scaled"], "reading.beliefs", {"axis": 1}),
+        ("ReduceMax", ["reading.beliefs", "reading.classes"], "reading.confidence", {"keepdims": 0}),
+    ]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, f"reading.{name}") for name, array in constants.items()
+    )
+    model.graph.node.extend(helper.make_node(kind, given, [made], **options) for kind, given, made, options in nodes)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    outputs = dict(zip(READING, ([batch, len(reading_scales)], [batch]), strict=True))
+    model.graph.output.extend(
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in outputs.items()
+    )
+    return Segment(model.SerializeToString(), segment.inputs, (*segment.outputs, *outputs))
+
+
 def _segment(
     whole: ModelProto,
     nodes: list[NodeProto],
@@ -111,8 +156,8 @@ def _segment(
     outputs: list[ValueInfoProto],
     constants: list[onnx.TensorProto],
 ) -> Segment:
-    graph = onnx.helper.make_graph(nodes, whole.graph.name, inputs, outputs, constants)
-    model = onnx.helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
+    graph = helper.make_graph(nodes, whole.graph.name, inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
     model.functions.extend(whole.functions)
     names = (tuple(info.name for info in infos) for infos in (inputs, outputs))
     return Segment(model.SerializeToString(), *names)

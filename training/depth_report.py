@@ -177,14 +177,17 @@ def _draw(axes: Axes, table: DepthTable, costs: Sequence[float]) -> None:
         mine = [(x, 100 * row.test, row) for x, row in found if bool(row.fine_tuned) == fine_tuned]
         if mine:
             axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], marker, ls="-", lw=1, color=colour, label=label)
-        side, place = ("right", (-7, 6)) if fine_tuned else ("left", (6, -12))
         for x, y, row in mine:
+            side, place = ("right", (-7, 6)) if fine_tuned else ("left", (6, -12))
+            if row is table.whole:
+                side, place = "center", (0, 8)
             text = f"{row.stage} {y:.2f}"
             axes.annotate(
                 text, (x, y), xytext=place, textcoords="offset points", ha=side, fontsize="small", color=colour
             )
     axes.axhline(100 * table.whole.test, color="grey", lw=0.8, ls="--")
-    axes.margins(x=0.2, y=0.12)
+    axes.margins(x=0.14, y=0.12)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
 
 

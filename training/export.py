@@ -62,16 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     run = Run(options.run) if options.run else newest_finished()
+    samples = run.load_samples()
+    tolerance = require_tolerance(PRECISION_TOLERANCE if options.tolerance is None else options.tolerance)
     card, network = open_finished(run) if options.depth is None else _cut(run, options.depth, options.tolerance)
     precision = PRECISIONS[options.precision]
     name = f"{card.name}{SUFFIXES[precision]}" if options.name is None else options.name
     card = _named(card, options.out, name, options.version)
     require_fitting(options.out, card)
-    samples = run.load_samples()
 
     graph = to_graph(network, card)
     if precision != "float32":
-        tolerance = require_tolerance(PRECISION_TOLERANCE if options.tolerance is None else options.tolerance)
         card = _with_work(card, network)
         recipe = load_recipe(run.recipe).model_copy(update={"mean": card.input.mean, "std": card.input.std})
         graph, card = reduced(

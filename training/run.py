@@ -132,11 +132,11 @@ class Run:
         Raises:
             InterflowError: they are missing or damaged.
         """
+        spec = self.finished_card().input
         try:
             samples = np.load(self.samples, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InterflowError(f"{self.samples}: cannot be read ({error}); train the run again.") from error
-        spec = self.finished_card().input
         shape = (SAMPLES, spec.height, spec.width, spec.channels)
         if (samples.shape, samples.dtype) != (shape, np.uint8):
             raise InterflowError(f"{self.samples}: not {SAMPLES} images of the network's size; train the run again.")

@@ -156,8 +156,9 @@ function showPicture(picture, seen, area, label = "The image", layer = null, smo
 /** All that an answer brings; what follows from it is shown by `changed`. */
 function showRun() {
   const { answer, evidence } = state.run;
-  const { classes } = state.run.card;
-  state.run.probabilities = confidences(fusedLogits(evidence), state.run.card);
+  const { card } = state.run;
+  const { classes } = card;
+  state.run.probabilities = confidences(fusedLogits(evidence), card);
   state.run.ranking = evidence.classes
     .map((index, place) => ({ index, place }))
     .sort((one, other) => state.run.probabilities[other.place] - state.run.probabilities[one.place]);
@@ -179,6 +180,11 @@ function showRun() {
     others.length > 2 ? "" : others.map((stage) => `, ${stage.name} reads ${stage.prediction.label}`).join("");
   element("agreement").textContent = others.length ? agreeing + aside : "all stages agree";
   element("agreement").classList.toggle("split", others.length > 0);
+  element("doubt").hidden = typeof answer.doubt !== "number"; // of older models there is none
+  if (!element("doubt").hidden) {
+    element("doubt").textContent = `${percent(answer.doubt)} doubt`;
+    element("doubt").classList.toggle("split", answer.doubt > card.doubt.threshold);
+  }
   const { timing_ms: timing } = answer;
   element("timing").textContent =
     `Server ${timing.total.toFixed(1)} ms (decoding ${timing.decode.toFixed(1)}, network ` +

@@ -72,8 +72,9 @@ def schema(generation, **settings):
         },
         "operations": [
             {"include-path-regex": "load$", "parameters": {"path.name": half("reloaded")}},
-            # whether a text is the right JSON, a tensor fits the model, or it has such a stage or class
-            {"include-path-regex": "/(load|explain)$", "checks": more_than_a_schema_says},
+            # whether a text is the right JSON, a tensor fits the model, it has such a stage, class or exit, and which
+            # parameters go together
+            {"include-path-regex": "/(load|explain|predict|batch)$", "checks": more_than_a_schema_says},
             {
                 "include-path-regex": "/infer$",
                 # a request may allow itself a microsecond

@@ -235,8 +235,9 @@ def test_an_image_is_chosen_and_the_answer_is_the_servers(open_page, server):
         for number in (stage["weight"], stage["contribution"]):
             assert f"{number:+.2f}".replace("-", MINUS) in text
     assert stage_values(page) == pytest.approx(told.evidence(3), abs=0.00501)
-    expect(page.locator("#agreement")).to_have_text("3 of 4 stages agree, conv4 reads dog")
-    expect(page.locator("#said")).to_contain_text("cat, 98.3 %")
+    expect(page.locator("#agreement")).to_have_text("all stages agree")
+    expect(page.locator("#doubt")).to_have_text(f"{100 * told.answer['doubt']:.1f} % doubt")
+    expect(page.locator("#said")).to_contain_text(f"cat, {100 * told.answer['prediction']['confidence']:.1f} %")
     assert re.search(r"Server \d+\.\d ms .* round trip \d+ ms", page.inner_text("#timing"))
     assert page.locator("#curl").text_content() == (
         f'curl -F image=@cat.jpg "{server.base_url}/predict?model=cifar10&version=1&top_k=5"'
@@ -437,6 +438,7 @@ def test_examples_suit_the_model_and_the_model_can_be_changed(open_page, server)
     expect(page.locator("#examples button")).to_have_count(3)
     page.get_by_role("button", name="The silhouette of a horse").click()
     answered(page, "horse")
+    expect(page.locator("#agreement")).to_have_text("3 of 4 stages agree, conv4 reads airplane")
     page.get_by_label("Model").select_option("digits")  # which is asked about the same image
     expect(page.locator("#examples button")).to_have_count(10)
     page.get_by_role("button", name="The digit 7").click()
