@@ -80,7 +80,8 @@ class Session:
         threads = settings.threads or max(1, cpus - lanes + 1)
         self._session, fallback = _open(path, settings, threads)
         on_cuda = self._session.get_providers()[0] == CUDA
-        wide = not on_cuda and settings.threads == 0 and cpus >= 2 * threads
+        # int8 is done sooner by one thread than by two: an image of the CIFAR-10 model takes 0.50 ms, and 0.67
+        wide = not on_cuda and settings.threads == 0 and cpus >= 2 * threads and self.card.precision != "int8"
         self._lone_session = _create(path, [CPU], settings, cpus) if wide else self._session
         self._running = 0
         self._counting = threading.Lock()

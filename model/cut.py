@@ -4,7 +4,7 @@ So an image whose answer is sure can stop there, and nothing of the deeper stage
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -131,7 +131,7 @@ def with_reading(segment: Segment, branch: int, reading_scales: Sequence[float])
         "classes": np.array([1]),
         "scales": np.asarray(reading_scales, np.float32),
     }
-    nodes = [
+    nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("ReduceMean", [branch_map_name(branch), "reading.places"], "reading.logits", {"keepdims": 0}),
         ("Mul", ["reading.logits", "reading.scales"], "reading.scaled", {}),
         ("Softmax", ["reading.scaled"], "reading.beliefs", {"axis": 1}),
