@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -195,14 +195,22 @@ class _Queue:
 
 def _lane(queue: _Queue, network: Network, niceness: int, on_batch: OnBatch | None) -> None:
     be_nice(niceness)
-    while batch := queue.take():
-        try:
-            result: list[Inferred] | Exception = _run(batch, network, on_batch)
-        except Exception as error:  # whatever it is, it is this batch's, and the lane goes on
-            result = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            batch[0].answer.get_loop().call_soon_threadsafe(_settle, batch, result)
-        del batch, result  # or the last images would stay in memory until the next came
+    while taken := queue.take():
+        for batch in _alike(taken):
+            try:
+                result: list[Inferred] | Exception = _run(batch, network, on_batch)
+            except Exception as error:  # whatever it is, it is this batch's, and the lane goes on
+                result = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                batch[0].answer.get_loop().call_soon_threadsafe(_settle, batch, result)
+        del taken, batch, result  # or the last images would stay in memory until the next came
+
+
+def _alike(batch: Sequence[_Ask]) -> Iterator[list[_Ask]]:
+    """Those that may not stop early, for which the network runs whole, and those that may, for which in pieces."""
+    for adaptive in (False, True):
+        if alike := [ask for ask in batch if (ask.thresholds is not None) is adaptive]:
+            yield alike
 
 
 def _run(batch: Sequence[_Ask], network: Network, on_batch: OnBatch | None) -> list[Inferred]:
@@ -225,12 +233,9 @@ def _run(batch: Sequence[_Ask], network: Network, on_batch: OnBatch | None) -> l
 
 
 def _thresholds(batch: Sequence[_Ask]) -> np.ndarray | None:
-    """Of each image of a batch, (N, B - 1): requests that may stop early run together with those that may not."""
-    stages = next((len(ask.thresholds) for ask in batch if ask.thresholds is not None), 0)
-    if not stages:
-        return None
-    never = (inf,) * stages
-    return np.concatenate([np.tile(ask.thresholds or never, (len(ask.images), 1)) for ask in batch])
+    """Of each image of a batch, (N, B - 1)."""
+    of_images = [[ask.thresholds] * len(ask.images) for ask in batch if ask.thresholds is not None]
+    return np.concatenate(of_images) if of_images else None
 
 
 def _settle(batch: Sequence[_Ask], result: Sequence[Inferred] | Exception) -> None:

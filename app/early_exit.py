@@ -6,12 +6,13 @@ import numpy as np
 import onnxruntime
 
 from app.inference import STOPS, Outputs
-from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, ModelCard
-from model.cut import READING, Segment, with_reading
+from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, LOGITS, ModelCard, branch_map_name
+from model.cut import CONFIDENCE_READ, Segment, logits_read, with_readings
+from model.explain import contributions
 
 
 class EarlyExit:
-    """A network in pieces, which give together what the whole gives.
+    """A network in pieces, cut behind stages where images may stop, which give together what the whole gives.
 
     Args:
         card: describes the network.
@@ -27,71 +28,54 @@ class EarlyExit:
         open_model: Callable[[bytes], onnxruntime.InferenceSession],
         sizes: Sequence[int] | None,
     ) -> None:
-        self._shapes = {name: [size for size in spec.shape if size is not None] for name, spec in card.outputs.items()}
-        *shallow, deepest = segments
-        scales = card.reading_scales
-        segments = [*(with_reading(part, branch, scales[branch]) for branch, part in enumerate(shallow)), deepest]
-        self._sessions = [open_model(segment.model) for segment in segments]
-        self._segments = [segment._replace(model=b"") for segment in segments]  # the sessions have their own copies
-        self._sizes = sizes
-        self._shapes = {name: [size for size in spec.shape if size is not None] for name, spec in card.outputs.items()}
+        reading = [with_readings(segment, card.reading_scales) for segment in segments]
+        self._sessions = [open_model(segment.model) for segment in reading]
+        self._inputs = [segment.inputs for segment in reading]
+        self._branches = [segment.branches for segment in reading]
+        maps = {branch_map_name(branch) for branch in range(len(card.stages))}
+        self._fetched = [[name for name in segment.outputs if name not in maps] for segment in reading]
+        self._later = [{name for inputs in self._inputs[place:] for name in inputs} for place in range(1, len(reading))]
         self._weights = np.asarray(card.branch_weights, np.float32)
-        self._crossing = [
-            {name for segment in segments[place + 1 :] for name in segment.inputs} for place in range(len(segments))
-        ]
-        self._fetched: dict[tuple[str, ...], list[list[str]]] = {}
+        self._sizes = sizes
 
-    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray) -> Outputs:
-        """As `Network.run`; blocks."""
-        last = len(self._sessions) - 1
-        places = np.arange(len(images))  # of those that go on
-        stops = np.full(len(images), last)
-        read: list[tuple[np.ndarray, np.ndarray]] = []  # for each stage: places of the images, and its branch logits
-        made: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # for each output: places, and values
-        held: dict[str, np.ndarray] = {IMAGE: images}
-        for stage, fetched in enumerate(self._to_fetch(tuple(names))):
-            feeds = {name: padded(held[name], self._sizes) for name in self._segments[stage].inputs}
-            for name, values in zip(fetched, self._sessions[stage].run(fetched, feeds), strict=True):
-                held[name] = values[: len(places)]
-                made[name] = places, held[name]
-            if stage == last:
+    def run(self, images: np.ndarray, thresholds: np.ndarray) -> Outputs:
+        """Logits, branch logits, branch weights and `STOPS` of N images, as `Network.run`; blocks.
+
+        Args:
+            images: uint8 (N, H, W, C).
+            thresholds: (N, B - 1), infinite where an image is not to stop.
+        """
+        branch_logits = np.full((len(images), *self._weights.shape), np.nan, np.float32)
+        stops = np.full(len(images), len(self._weights) - 1)
+        places: slice | np.ndarray = slice(None)  # of those that go on: a slice is quicker to index by
+        held = {IMAGE: images}
+        for part, (session, inputs, fetched) in enumerate(
+            zip(self._sessions, self._inputs, self._fetched, strict=True)
+        ):
+            count = len(held[inputs[0]])
+            values = session.run(fetched, {name: padded(held[name], self._sizes) for name in inputs})
+            held |= {name: value[:count] for name, value in zip(fetched, values, strict=True)}
+            for branch in self._branches[part]:
+                branch_logits[places, branch] = held[logits_read(branch)]
+            if part == len(self._sessions) - 1:
                 break
-            logits, confidence = (held.pop(name) for name in READING)
-            read.append((places, logits))
-            sure = confidence >= thresholds[places, stage]
+            stage = self._branches[part][-1]
+            sure = held[CONFIDENCE_READ] >= thresholds[places, stage]
             if sure.any():
-                stops[places[sure]] = stage
-                goes_on = ~sure
-                places = places[goes_on]
+                going = np.arange(len(images))[places]
+                stops[going[sure]] = stage
+                places = going[~sure]
                 if not len(places):
                     break
-                held = {name: values[goes_on] for name, values in held.items() if name in self._crossing[stage]}
-        outputs = {name: self._of_all(name, made.get(name), len(images)) for name in names}
-        if len(places) < len(images):
-            if BRANCH_LOGITS in outputs:
-                for stage, (of_stage, logits) in enumerate(read):
-                    outputs[BRANCH_LOGITS][of_stage, stage] = logits
-            if BRANCH_WEIGHTS in outputs:  # learned constants: those of an image that stopped early, too
-                outputs[BRANCH_WEIGHTS][:] = self._weights
-        return {**outputs, STOPS: stops}
-
-    def _to_fetch(self, names: tuple[str, ...]) -> list[list[str]]:
-        """What is asked of each segment: outputs that are wanted, what later ones take, and its reading."""
-        if names not in self._fetched:
-            self._fetched[names] = [
-                [name for name in segment.outputs if name in names or name in crossing or name in READING]
-                for segment, crossing in zip(self._segments, self._crossing, strict=True)
-            ]
-        return self._fetched[names]
-
-    def _of_all(self, name: str, made: tuple[np.ndarray, np.ndarray] | None, count: int) -> np.ndarray:
-        """An output of all images, NaN for those that it was not computed for."""
-        if made is not None and len(made[0]) == count:
-            return made[1]
-        values = np.full((count, *self._shapes[name]), np.nan, np.float32)
-        if made is not None:
-            values[made[0]] = made[1]
-        return values
+                held = {name: held[name][~sure] for name in self._later[part] if name in held}
+        weights = np.empty_like(branch_logits)
+        weights[:] = self._weights
+        return {
+            LOGITS: contributions(branch_logits, weights).sum(axis=1),
+            BRANCH_LOGITS: branch_logits,
+            BRANCH_WEIGHTS: weights,
+            STOPS: stops,
+        }
 
 
 def padded(images: np.ndarray, sizes: Sequence[int] | None) -> np.ndarray:

@@ -33,8 +33,9 @@ class Network(Protocol):
         Args:
             images: as above.
             names: of the outputs to compute.
-            thresholds: (N, B - 1), infinite where an image is not to stop: an image stops at the first stage whose
-                reading is as confident as that. What was not computed for it is NaN, and `STOPS` says where it stopped.
+            thresholds: (N, B - 1): an image stops at the first stage whose reading is as confident as that. Then only
+                logits, branch logits and branch weights are to be had; those of deeper stages are NaN, and `STOPS` says
+                where each image stopped.
 
         Raises:
             InferenceError: the network failed.

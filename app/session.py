@@ -108,7 +108,7 @@ class Session:
             _warn_of_another_cpu(self.card)
         self._early_exit = self._lone_early_exit = None
         if self.card.exits:
-            segments = _segments(path, len(self.card.stages))
+            segments = _segments(path, self.card)
 
             def in_pieces(whole: onnxruntime.InferenceSession, threads: int) -> EarlyExit:
                 def opened(model: bytes) -> onnxruntime.InferenceSession:
@@ -126,7 +126,8 @@ class Session:
         Args:
             images: uint8 (N, H, W, C).
             names: of the outputs to compute.
-            thresholds: (N, B - 1), as `Network.run`; only where the card has `exits`.
+            thresholds: (N, B - 1), as `Network.run`; only where the card has `exits`, and then the outputs are those of
+                `EarlyExit.run`, whatever the names.
 
         Raises:
             InferenceError: onnxruntime failed.
@@ -138,7 +139,7 @@ class Session:
             if thresholds is not None:
                 early_exit = self._lone_early_exit if alone else self._early_exit
                 assert early_exit is not None, "the card has no exits"  # noqa: S101 - whoever asks knows the card
-                return early_exit.run(images, names, thresholds)
+                return early_exit.run(images, thresholds)
             session = self._lone_session if alone else self._session
             values = session.run(names, {IMAGE: padded(images, self.runtime.batch_sizes)})
         except Exception as error:  # onnxruntime's errors share no base class
@@ -165,10 +166,10 @@ class Session:
                 if early_exit is None:
                     continue
                 try:
-                    pieces = early_exit.run(images, names, never)
+                    pieces = early_exit.run(images, never)
                 except Exception as error:  # as above
                     raise ModelError(f"{path}: fails stage by stage ({_first_line(error)}). {AGAIN}") from error
-                for name in names:
+                for name in (LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS):
                     otherwise = f"{path}: `{name}` stage by stage is not what the whole graph gives"
                     _require_equal(pieces[name], values[name], values[name], otherwise)
 
@@ -188,9 +189,12 @@ def _warn_of_another_cpu(card: ModelCard) -> None:
         )
 
 
-def _segments(path: Path, stages: int) -> list[Segment]:
+def _segments(path: Path, card: ModelCard) -> list[Segment]:
+    """The graph, cut behind the stages where some promise lets images stop."""
+    limits = zip(*(policy.thresholds for policy in card.exits), strict=True)
+    behind = [stage for stage, of_stage in enumerate(limits) if any(limit is not None for limit in of_stage)]
     try:
-        return cut(onnx.load(path), stages)
+        return cut(onnx.load(path), len(card.stages), behind)
     except CutError as error:
         raise ModelError(f"{path}: cannot stop early, though its card says so: {error} {AGAIN}") from error
 

@@ -123,7 +123,8 @@ class StageInfo(_Part):
     map_size: tuple[Positive, Positive]
     """Height and width of the class maps at the card's input size."""
     work: Fraction | None = None
-    """Share of the backbone's multiplications done up to the tap, 1 for the last stage; None: not counted."""
+    """Share of the backbone's work done up to the tap, 1 for the last stage: the mean of the shares of multiplications
+    and of weights read. None: not counted."""
 
 
 class LayerAttentionInfo(_Part):
@@ -169,7 +170,7 @@ class ExitPolicy(_Part):
     accuracy: Fraction
     """On test; that of full depth is `metrics.accuracy`."""
     work: Fraction
-    """Mean on test of the share of the backbone's multiplications that are done."""
+    """Mean on test of the share of the backbone's work (`StageInfo.work`) that is done."""
     stops: tuple[Fraction, ...]
     """Share of the test images that each stage answers; the last stage's had the full answer."""
 

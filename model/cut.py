@@ -3,7 +3,7 @@
 So an image whose answer is sure can stop there, and nothing of the deeper stages is computed for it. No torch here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,8 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from model.contract import InterflowError, branch_map_name
 
-READING = ("reading.logits", "reading.confidence")
-"""Outputs that `with_reading` adds."""
+CONFIDENCE_READ = "reading.confidence"
+"""Output that `with_readings` adds."""
 OWN_COPIES = {"DequantizeLinear"}
 """Each segment has its own: runtimes fuse it with the quantised layer behind it, and what crosses stays small."""
 
@@ -23,33 +23,35 @@ class CutError(InterflowError):
 
 
 class Segment(NamedTuple):
-    """The part of a graph from behind one stage up to and with the next one's class maps; the last: all the rest."""
+    """The part of a graph from behind one cut up to and with the class maps in front of the next."""
 
     model: bytes
     """Serialised, weights inside."""
     inputs: tuple[str, ...]
     """The images, or what earlier segments gave; all with the images in dimension 0."""
     outputs: tuple[str, ...]
-    """What later segments take, and those outputs of the whole graph that are made here."""
+    """The class maps, and what later segments take."""
+    branches: tuple[int, ...]
+    """Whose class maps it makes, counted from 0, ascending."""
 
 
-def cut(model: ModelProto, stages: int) -> list[Segment]:
-    """Cut a graph behind each of its stages.
+def cut(model: ModelProto, stages: int, behind: Collection[int] | None = None) -> list[Segment]:
+    """Cut a graph behind stages.
 
-    Each node goes to the shallowest stage whose class maps need it; what is made of these maps, to the shallowest that
-    has them all. What does not hold images in dimension 0 (constants, shapes) is computed anew by each segment that
-    needs it.
+    Each node goes to the shallowest stage whose class maps need it; what is made of the maps is left out. What does not
+    hold images in dimension 0 (constants, shapes) is computed anew by each segment that needs it.
 
     Args:
         model: an artefact's; a file's weights are inside.
         stages: how many it has.
+        behind: which it is cut behind, counted from 0; all where None. The last segment ends with the last stage.
 
     Returns:
-        One segment a stage, from shallow to deep.
+        The segments, from shallow to deep.
 
     Raises:
-        CutError: a stage needs what a deeper one makes, a node holds a graph of its own, or an output is not one image
-            after another.
+        CutError: a stage needs what a deeper one makes, a node holds a graph of its own, or class maps are not one
+            image after another.
     """
     graph = onnx.shape_inference.infer_shapes(model).graph
     infos = {info.name: info for info in (*graph.value_info, *graph.input, *graph.output)}
@@ -61,10 +63,10 @@ def cut(model: ModelProto, stages: int) -> list[Segment]:
         shape = infos[name].type.tensor_type.shape if name in infos else None
         return bool(shape and shape.dim and shape.dim[0].dim_param == batch)
 
-    def needed(names: Iterable[str], given: set[str]) -> dict[str, NodeProto]:
-        """The nodes that make these tensors of what is given, by the tensors that they make."""
+    def needed(name: str, given: set[str]) -> dict[str, NodeProto]:
+        """The nodes that make a tensor of what is given, by the tensors that they make."""
         found: dict[str, NodeProto] = {}
-        waiting = list(names)
+        waiting = [name]
         while waiting:
             node = makers.get(name := waiting.pop())
             if node is not None and name not in given and name not in found:
@@ -74,90 +76,104 @@ def cut(model: ModelProto, stages: int) -> list[Segment]:
 
     if odd := next((node for node in graph.node if any(part.HasField("g") for part in node.attribute)), None):
         raise CutError(f"`{odd.name}` ({odd.op_type}) holds a graph of its own.")
-    finals = [output.name for output in graph.output]
     maps = [branch_map_name(branch) for branch in range(stages)]
     made: set[str] = {graph.input[0].name}
     """By earlier segments, of images."""
-    trunk = {name: node for name, node in needed(maps, made).items() if holds_images(name)}
-    followers = [name for name in needed(finals, made | trunk.keys()) if holds_images(name)]
     parts: list[dict[str, NodeProto]] = []
-    for branch, name in enumerate(maps):
-        part = needed([name] if branch + 1 < stages else finals, made)
-        if name not in part:
-            raise CutError(f"the class maps of stage {branch + 1} are there before those of stage {branch}.")
-        for follower in followers:
-            found = needed([follower], made | part.keys())
-            if not found.keys() & trunk.keys():
-                part |= found
+    covered: list[tuple[int, ...]] = [()]
+    for branch in range(stages):
+        covered[-1] += (branch,)
+        if branch + 1 < stages and (behind is None or branch in behind):
+            covered.append(())
+    for branches in covered:
+        part: dict[str, NodeProto] = {}
+        for name in [maps[branch] for branch in branches]:
+            if not holds_images(name):
+                raise CutError(f"`{name}` is not one image after another.")
+            if name in made or name in part:
+                raise CutError(f"`{name}` is made on the way to the class maps of a shallower stage.")
+            part |= needed(name, made)
         parts.append(part)
         made |= {name for name, node in part.items() if holds_images(name) and node.op_type not in OWN_COPIES}
-
     taken = [{name for node in part.values() for name in node.input if name and name not in part} for part in parts]
     segments = []
     for place, part in enumerate(parts):
         later = set().union(*taken[place + 1 :])
         inputs = sorted(taken[place] - constants.keys())
-        outputs = [name for name in part if name in finals or (name in later and name in made)]
-        if odd := next((name for name in (*inputs, *outputs) if not holds_images(name)), None):
-            raise CutError(f"`{odd}` is not one image after another.")
+        own = {maps[branch] for branch in covered[place]}
+        outputs = [name for name in part if name in own or (name in later and name in made)]
         nodes = [node for node in graph.node if node.output[0] in part]
         used = {name for node in nodes for name in node.input}
         segments.append(
-            _segment(
-                model,
-                nodes,
-                [infos[name] for name in inputs],
-                [infos[name] for name in outputs],
-                [constants[name] for name in constants if name in used],
+            Segment(
+                _model(
+                    model,
+                    nodes,
+                    [infos[name] for name in inputs],
+                    [infos[name] for name in outputs],
+                    [constants[name] for name in constants if name in used],
+                ),
+                tuple(inputs),
+                tuple(outputs),
+                covered[place],
             )
         )
     return segments
 
 
-def with_reading(segment: Segment, branch: int, reading_scales: Sequence[float]) -> Segment:
-    """The same segment, which also says how sure its stage is.
+def with_readings(segment: Segment, reading_scales: Sequence[Sequence[float]]) -> Segment:
+    """The same segment, which also says what its stages make of the images.
 
     Args:
-        segment: holds the class maps of the branch.
-        branch: counted from 0.
-        reading_scales: (K,), of the branch.
+        segment: of a cut graph.
+        reading_scales: (B, K), of all stages.
 
     Returns:
-        A segment with two outputs more, at the end: the branch logits (N, K), and the confidence (N,) of the reading.
+        A segment with more outputs: the branch logits (N, K) of each of its stages, by `logits_read`, and the
+        confidence (N,) of the last one's reading.
     """
     model = onnx.load_model_from_string(segment.model)
+    last = segment.branches[-1]
     constants = {
         "places": np.array([2, 3]),
         "classes": np.array([1]),
-        "scales": np.asarray(reading_scales, np.float32),
+        "scales": np.asarray(reading_scales[last], np.float32),
     }
     nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("ReduceMean", [branch_map_name(branch), "reading.places"], "reading.logits", {"keepdims": 0}),
-        ("Mul", ["reading.logits", "reading.scales"], "reading.scaled", {}),
+        *(
+            ("ReduceMean", [branch_map_name(branch), "reading.places"], logits_read(branch), {"keepdims": 0})
+            for branch in segment.branches
+        ),
+        ("Mul", [logits_read(last), "reading.scales"], "reading.scaled", {}),
         ("Softmax", ["reading.scaled"], "reading.beliefs", {"axis": 1}),
-        ("ReduceMax", ["reading.beliefs", "reading.classes"], "reading.confidence", {"keepdims": 0}),
+        ("ReduceMax", ["reading.beliefs", "reading.classes"], CONFIDENCE_READ, {"keepdims": 0}),
     ]
     model.graph.initializer.extend(
         numpy_helper.from_array(array, f"reading.{name}") for name, array in constants.items()
     )
     model.graph.node.extend(helper.make_node(kind, given, [made], **options) for kind, given, made, options in nodes)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    outputs = dict(zip(READING, ([batch, len(reading_scales)], [batch]), strict=True))
+    outputs = {logits_read(branch): [batch, len(reading_scales[last])] for branch in segment.branches}
+    outputs[CONFIDENCE_READ] = [batch]
     model.graph.output.extend(
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in outputs.items()
     )
-    return Segment(model.SerializeToString(), segment.inputs, (*segment.outputs, *outputs))
+    return segment._replace(model=model.SerializeToString(), outputs=(*segment.outputs, *outputs))
 
 
-def _segment(
+def logits_read(branch: int) -> str:
+    """Name of the output that `with_readings` adds for a branch, counted from 0."""
+    return f"reading.logits.{branch}"
+
+
+def _model(
     whole: ModelProto,
     nodes: list[NodeProto],
     inputs: list[ValueInfoProto],
     outputs: list[ValueInfoProto],
     constants: list[onnx.TensorProto],
-) -> Segment:
+) -> bytes:
     graph = helper.make_graph(nodes, whole.graph.name, inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
     model.functions.extend(whole.functions)
-    names = (tuple(info.name for info in infos) for infos in (inputs, outputs))
-    return Segment(model.SerializeToString(), *names)
+    return model.SerializeToString()

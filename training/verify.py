@@ -160,12 +160,12 @@ def _features(model: bytes, stages: int) -> Callable[[np.ndarray], list[Tensor]]
 def _by_segments(
     parts: list[tuple[Segment, onnxruntime.InferenceSession]], card: ModelCard, images: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """All outputs, from the segments one after another."""
+    """The class maps, from the segments one after another."""
     values = {IMAGE: images}
     for segment, session in parts:
         made = session.run(list(segment.outputs), {name: values[name] for name in segment.inputs})
         values |= dict(zip(segment.outputs, made, strict=True))
-    return {name: values[name] for name in card.outputs}
+    return {name: values[name] for name in card.outputs if name in values}
 
 
 @torch.inference_mode()

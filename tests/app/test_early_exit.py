@@ -8,7 +8,8 @@ from app.early_exit import EarlyExit
 from app.inference import STOPS
 from app.session import ModelError, Session
 from app.settings import Settings
-from model.contract import BRANCH_LOGITS, LOGITS
+from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LOGITS
+from model.cut import CONFIDENCE_READ
 from model.explain import readings
 from model.images import read_input
 
@@ -48,7 +49,7 @@ def test_an_image_that_never_stops_has_all_that_it_would_have_had(session, image
     names = list(session.card.outputs)
     whole = session.run(images, names)
     pieces = session.run(images, names, np.full((len(images), 3), NEVER))
-    for name in names:
+    for name in (LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS):
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-5, atol=1e-5)
     assert (pieces[STOPS] == 3).all()
 
@@ -71,6 +72,19 @@ def test_each_image_stops_at_the_first_stage_that_is_sure(session, images):
             np.testing.assert_allclose(outputs[LOGITS][place], whole[LOGITS][place], rtol=1e-5, atol=1e-5)
         else:
             assert np.isnan(outputs[LOGITS][place]).all()
+
+
+def test_the_graph_is_cut_only_where_some_promise_lets_images_stop(artefact, rewrite_card):
+    policy = {"accuracy": 1, "work": 1, "stops": [0, 0, 0, 1]}
+    thresholds = {0.001: [None, None, None], 0.002: [None, 0.9, None], 0.003: [None, 0.8, None]}
+    rewrite_card(artefact, exits=[policy | {"max_loss": loss, "thresholds": at} for loss, at in thresholds.items()])
+    session = Session(artefact, CPU)
+    assert session._early_exit._branches == [(0, 1), (2, 3)]
+    images = np.zeros((3, 32, 32, 1), np.uint8)
+    outputs = session.run(images, [LOGITS], np.array([[NEVER, 0, NEVER], [NEVER] * 3, [NEVER, 0, NEVER]]))
+    assert outputs[STOPS].tolist() == [1, 3, 1]
+    whole = session.run(images, [BRANCH_LOGITS])[BRANCH_LOGITS]
+    np.testing.assert_allclose(outputs[BRANCH_LOGITS][:, :2], whole[:, :2], rtol=1e-5, atol=1e-5)
 
 
 def test_thresholds_are_each_image_s_own(session, images):
@@ -117,8 +131,8 @@ def test_the_answer_is_the_reading_of_the_stage_that_gave_it(session, images):
 def test_a_cut_that_gives_other_numbers_is_refused(exiting, monkeypatch):
     honest = EarlyExit.run
 
-    def off(self, images, names, thresholds):
-        outputs = honest(self, images, names, thresholds)
+    def off(self, images, thresholds):
+        outputs = honest(self, images, thresholds)
         return {**outputs, LOGITS: outputs[LOGITS] * 1.01}
 
     monkeypatch.setattr(EarlyExit, "run", off)
@@ -133,7 +147,7 @@ def test_numbers_that_are_not_finite_are_not_taken_for_a_stop(session, images, m
 
         def run(self, names, feeds):
             values = dict(zip(names, self.session.run(names, feeds), strict=True))
-            return [value * np.nan if name == "reading.confidence" else value for name, value in values.items()]
+            return [value * np.nan if name == CONFIDENCE_READ else value for name, value in values.items()]
 
     monkeypatch.setattr(session._early_exit, "_sessions", [Broken(s) for s in session._early_exit._sessions])
     network = ReadNetwork(session, Interpreter(session.card))

@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from model.contract import CARD_FILE, IMAGE, MODEL_FILE, ModelCard
-from model.cut import CutError, cut
+from model.contract import CARD_FILE, IMAGE, MODEL_FILE, ModelCard, branch_map_name
+from model.cut import CONFIDENCE_READ, CutError, cut, logits_read, with_readings
+from model.explain import readings
 from model.images import read_input
 
 EXPORTS = Path(__file__).parents[2] / "exports"
@@ -34,7 +35,7 @@ def run_pieces(segments, images, goes_on=None):
     return outputs
 
 
-@pytest.fixture(params=["digits", "cifar10"])
+@pytest.fixture(params=["digits", "cifar10", "cifar10-int8"])
 def bundled_model(request, photographs):
     """The graph, its card, and real images as it takes them."""
     folder = EXPORTS / request.param / "1"
@@ -43,31 +44,51 @@ def bundled_model(request, photographs):
     return folder / MODEL_FILE, card, images
 
 
-def test_the_pieces_give_what_the_whole_gives(bundled_model):
+def maps_of(card):
+    return [branch_map_name(branch) for branch in range(len(card.stages))]
+
+
+@pytest.mark.parametrize("behind", [None, [1], [0, 2], []])
+def test_the_pieces_give_what_the_whole_gives(bundled_model, behind):
     path, card, images = bundled_model
-    segments = cut(onnx.load(path), len(card.stages))
-    assert len(segments) == len(card.stages)
+    segments = cut(onnx.load(path), len(card.stages), behind)
+    assert len(segments) == (len(card.stages) if behind is None else 1 + len(behind))
     whole = session(path)
     for batch in (images[:1], images):
         expected = dict(zip(card.outputs, whole.run(list(card.outputs), {IMAGE: batch}), strict=True))
-        outputs = run_pieces(segments, batch)
-        for name in card.outputs:
+        outputs = run_pieces([with_readings(segment, card.reading_scales) for segment in segments], batch)
+        for name in maps_of(card):
             np.testing.assert_array_equal(outputs[name], expected[name])
+        for branch in range(len(card.stages)):
+            logits = expected["branch_logits"][:, branch]
+            np.testing.assert_allclose(outputs[logits_read(branch)], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_each_piece_says_how_sure_its_last_stage_is(bundled_model):
+    path, card, images = bundled_model
+    beliefs = readings(session(path).run(["branch_logits"], {IMAGE: images})[0], card.reading_scales)
+    held = {IMAGE: images}
+    for segment in cut(onnx.load(path), len(card.stages), [0, 1]):
+        reading = with_readings(segment, card.reading_scales)
+        values = session(reading.model).run(list(reading.outputs), {name: held[name] for name in reading.inputs})
+        held |= dict(zip(reading.outputs, values, strict=True))
+        expected = beliefs[:, segment.branches[-1]].max(axis=1)
+        np.testing.assert_allclose(held[CONFIDENCE_READ], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_images_that_go_on_are_not_touched_by_those_that_stop(bundled_model):
     path, card, images = bundled_model
     kept = [[1, 2, 4], [0, 2], [1], []]  # of what each stage saw: so image 4 alone reaches the last one
     outputs = run_pieces(cut(onnx.load(path), len(card.stages)), images, kept.__getitem__)
-    expected = dict(zip(card.outputs, session(path).run(list(card.outputs), {IMAGE: images[4:5]}), strict=True))
-    for name in ("logits", "branch_logits", "branch_map_3"):
-        np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-4, atol=1e-4)
+    names = maps_of(card)
+    expected = dict(zip(names, session(path).run(names, {IMAGE: images[4:5]}), strict=True))
+    np.testing.assert_allclose(outputs[names[-1]], expected[names[-1]], rtol=1e-4, atol=1e-4)
 
 
 def test_no_weight_is_in_two_pieces(bundled_model):
     path, card, _ = bundled_model
     segments = cut(onnx.load(path), len(card.stages))
-    graphs = [onnx.load_from_string(segment.model).graph for segment in segments]
+    graphs = [onnx.load_model_from_string(segment.model).graph for segment in segments]
     weights = [tensor.name for graph in graphs for tensor in graph.initializer if np.prod(tensor.dims) > 10_000]
     assert len(weights) == len(set(weights)) >= len(card.stages)
     assert sum(len(segment.model) for segment in segments) < 1.02 * path.stat().st_size
@@ -77,7 +98,7 @@ def test_a_deeper_stage_is_not_in_a_shallower_piece(bundled_model):
     path, card, _ = bundled_model
     sizes = [len(segment.model) for segment in cut(onnx.load(path), len(card.stages))]
     convolutions = [
-        sum(node.op_type == "Conv" for node in onnx.load_from_string(segment.model).graph.node)
+        sum(node.op_type == "Conv" for node in onnx.load_model_from_string(segment.model).graph.node)
         for segment in cut(onnx.load(path), len(card.stages))
     ]
     depths = [0, *(stage.depth for stage in card.stages)]
@@ -129,7 +150,7 @@ def test_a_stage_that_hangs_on_a_deeper_one_cannot_be_cut():
         ("Neg", ["tap"], ["branch_map_1"]),
         ("Abs", ["branch_map_1"], ["branch_map_0"]),
     ]
-    with pytest.raises(CutError, match="stage 2 are there before those of stage 1"):
+    with pytest.raises(CutError, match="`branch_map_1` is made on the way"):
         cut(two_stages(["batch", 1, 2, 2], upside_down), 2)
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from model.contract import InputSpec
 from model.registry import create_model
+from training import exits
 from training.calibration import Predictions
 from training.exits import PROMISES, fit_exits, fit_thresholds, stopping_stages
-from training.work import stage_work
+from training.work import stage_effort, stage_work
 
 WORK = (0.3, 0.6, 1.0)
 
@@ -106,6 +107,22 @@ def test_policies_say_what_they_do_on_test():
     assert works[-1] < 0.9
 
 
+def test_no_image_is_asked_where_asking_costs_more_than_it_saves(monkeypatch):
+    held_out, test = predictions(0), predictions(1)
+    monkeypatch.setattr(exits, "CUT", 0.0)
+    free = fit_exits(held_out, test, np.ones((3, 4)), 1.0, work=(0.5, 0.51, 1))
+    assert free[-1].thresholds[0] is not None
+    assert free[-1].thresholds[1] is not None
+    monkeypatch.setattr(exits, "CUT", 0.05)  # both stages save as much: one is enough
+    dear = fit_exits(held_out, test, np.ones((3, 4)), 1.0, work=(0.5, 0.51, 1))
+    assert {policy.thresholds[0] for policy in dear} == {None}
+    assert dear[-1].thresholds[1] is not None
+    monkeypatch.setattr(exits, "CUT", 0.9)
+    assert {policy.thresholds for policy in fit_exits(held_out, test, np.ones((3, 4)), 1.0, work=WORK)} == {
+        (None, None)
+    }
+
+
 def test_a_network_of_one_stage_has_no_exits():
     one = predictions(0)
     assert fit_exits(Predictions(one.branch_logits[:, 2:], one.branch_weights[2:], one.labels), one, np.ones((1, 4)),
@@ -116,9 +133,18 @@ def test_work_of_vgg16_is_what_a_hand_computation_says():
     network = create_model("vgg16", method="S3", num_classes=10, width=0.5, taps=[4, 7, 10, 13], image_size=(32, 32))
     sides = [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
     channels = [3, 32, 32, 64, 64, 128, 128, 128, 256, 256, 256, 256, 256, 256]
-    layers = [side**2 * 9 * channels[i] * channels[i + 1] for i, side in enumerate(sides)]
-    expected = [sum(layers[:depth]) / sum(layers) for depth in (4, 7, 10, 13)]
-    assert stage_work(network, spec()) == pytest.approx(expected, rel=1e-9)
+    kernels = [9 * channels[i] * channels[i + 1] for i in range(13)]
+    multiplications = [side**2 * kernel for side, kernel in zip(sides, kernels, strict=True)]
+    weights = [kernel + 2 * wide for kernel, wide in zip(kernels, channels[1:], strict=True)]  # and batch norm's
+    done = stage_effort(network, spec())
+    depths = (4, 7, 10, 13)
+    assert [stage.multiplications // 2 for stage in done] == [sum(multiplications[:depth]) for depth in depths]
+    assert [stage.weights for stage in done] == [sum(weights[:depth]) for depth in depths]
+    shares = [
+        (sum(multiplications[:depth]) / sum(multiplications) + sum(weights[:depth]) / sum(weights)) / 2
+        for depth in depths
+    ]
+    assert stage_work(network, spec()) == pytest.approx(shares, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenetv2", "afi_resnet32", "mrla_light_resnet50"])
