@@ -8,7 +8,8 @@ On the test images of the models' own data, which no threshold was fitted on, fo
 - images per second of the network in batches of 1 and 32, against full depth: in turn, several rounds, medians of the
   rounds' ratios;
 - requests per second of the server (`python -m app`) to JPEGs of these images, full and adaptive, by wrk with 32
-  connections, beside bare onnxruntime, which runs the first model whole, without HTTP or decoding.
+  connections, by default and with one lane that waits for company (`THROUGHPUT`), beside bare onnxruntime, which runs
+  the first model whole, without HTTP or decoding.
 """
 
 import sys
@@ -60,6 +61,11 @@ CONNECTIONS = 32
 JPEGS = 256
 JPEG_QUALITY = 95
 FULL = "full"
+SERVED_PROMISES = 2
+"""Of the strictest, over HTTP."""
+THROUGHPUT = {"lanes": 1, "threads": 1, "max_batch": 32, "batch_wait_us": 5000}
+"""Settings for many requests a second rather than soon answers to few: each batch that ends interrupts the event loop,
+and of a network that is done at once there are many small ones."""
 
 
 @dataclass(frozen=True)
@@ -219,22 +225,18 @@ def _serve(materials: Sequence[Material], rounds: int, seconds: int) -> dict[str
             first = materials[0]
             seen.setdefault("bare", []).append(bare_rate(first.folder, first.images[:32], 32, seconds))
             for material in materials:
-                files = _jpegs(material, folder)
-                exports = material.folder.parents[1]
-                with running(*ours(exports, material.name, free_port(), folder / "log")) as server:
-                    for mode in (FULL, *(f"{policy.max_loss:g}" for policy in material.session.card.exits)):
-                        query = "" if mode == FULL else f"?mode=adaptive&max_loss={mode}"
-                        for length in (1, seconds):
-                            load = wrk.load_images(
-                                server.url(f"/predict{query}"),
-                                files,
-                                "image",
-                                connections=CONNECTIONS,
-                                seconds=length,
-                            )
-                        seen.setdefault(f"{material.name} {mode}", []).append(load.per_second)
-                        p99.setdefault(f"{material.name} {mode}", []).append(load.p99_ms)
-                        errors += load.errors
+                files, exports = _jpegs(material, folder), material.folder.parents[1]
+                promises = [f"{policy.max_loss:g}" for policy in material.session.card.exits[:SERVED_PROMISES]]
+                for settings, kind in (({}, ""), (THROUGHPUT, ", one lane that waits")):
+                    with running(*ours(exports, material.name, free_port(), folder / "log", settings)) as server:
+                        for mode in (FULL, *promises):
+                            url = server.url("/predict" if mode == FULL else f"/predict?mode=adaptive&max_loss={mode}")
+                            for length in (1, seconds):
+                                load = wrk.load_images(url, files, "image", connections=CONNECTIONS, seconds=length)
+                            name = f"{material.name} {mode}{kind}"
+                            seen.setdefault(name, []).append(load.per_second)
+                            p99.setdefault(name, []).append(load.p99_ms)
+                            errors += load.errors
     return {
         "connections": CONNECTIONS,
         "errors": errors,
