@@ -21,7 +21,7 @@ def test_importing_loads_neither_torch_nor_models_nor_settings(tmp_path):
     """In an environment that may have torch, from a folder without exports, under a setting that is wrong."""
     code = (
         "import app.main, sys; assert app.main.app.title == 'Interflow';"
-        "print(sorted({'torch', 'onnx', 'torchvision', 'safetensors', 'training'} & set(sys.modules)))"
+        "print(sorted({'torch', 'torchvision', 'safetensors', 'training'} & set(sys.modules)))"
     )
     environment = {"INTERFLOW_PORT": "wrong"}
     done = subprocess.run(
@@ -73,6 +73,8 @@ def test_openapi_tells_both_forms_of_request_and_the_form_of_errors(colours):
         "top_k",
         "layers",
         "explain",
+        "mode",
+        "max_loss",
     ]
     for path, statuses in ERRORS.items():
         (operation,) = document["paths"][path].values()
@@ -87,4 +89,5 @@ def test_openapi_tells_shares_from_gates_and_that_nobody_gets_them_unasked(colou
     told = schemas["LayerAttention"]["properties"]["kind"]["description"]
     assert "share: the weights sum to 1" in told
     assert "gate (MRLA-light): each is a number in 0..1 by itself, and they do not sum to 1" in told
-    assert set(schemas["Answer"]["properties"]) - set(schemas["Answer"]["required"]) == {"layer_attention", "maps"}
+    unasked = set(schemas["Answer"]["properties"]) - set(schemas["Answer"]["required"])
+    assert unasked == {"doubt", "exit", "layer_attention", "maps"}

@@ -27,6 +27,7 @@ from training.loop import StoppedError
 from training.run import Run
 from training.train import main as train
 from training.verify import verify
+from training.work import stage_effort
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,10 @@ def test_a_cut_network_says_what_the_whole_one_says_up_to_there(key, trained, ph
 
 
 def test_work_is_that_of_the_shorter_network(trained):
-    whole = [info.work for info in trained.card.stages]
+    effort = stage_effort(trained.network, trained.card.input)
+    shares = np.array(effort[:3]) / effort[2]  # of multiplications, and of weights
     _, card = shorten.shortened(trained, "conv10")
-    assert [info.work for info in card.stages] == pytest.approx([share / whole[2] for share in whole[:3]])
+    assert [info.work for info in card.stages] == pytest.approx(shares.mean(axis=1).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +254,10 @@ def test_the_table_says_what_the_cards_of_the_cuts_say(fine_tuned, trained):
         assert row["parameters"] == sum(parameter.numel() for parameter in network.parameters())
         assert min(row["latency_ms"], row["images_per_second"]) > 0
         assert re.search(rf"\| +{row['parameters']:,} \|", said)
-    work = [info.work for info in trained.card.stages]
+    effort = [stage.multiplications for stage in stage_effort(trained.network, trained.card.input)]
     done = [row["multiply_adds"] / rows[-1]["multiply_adds"] for row in rows]
-    assert done == pytest.approx(work, abs=0.01)  # the branches' linear layers are in the one, and not in the other
+    # the branches' linear layers are in the one, and not in the other
+    assert done == pytest.approx([count / effort[-1] for count in effort], abs=0.01)
     for figure in ("parameters", "onnx_bytes", "multiply_adds"):
         assert [row[figure] for row in rows] == sorted({row[figure] for row in rows})
     assert table["advice"] in page
