@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from app.main import create_app
+from app.routes import explain as route
 from app.settings import Settings
 from model.contract import BRANCH_WEIGHTS, LOGITS, ModelCard, branch_map_name
 from model.images import read_input
@@ -291,3 +292,30 @@ def test_numbers_that_are_not_finite_are_no_picture(serve, colour_model, colour_
 
     with serve(create_app(Settings(), Repository([colour_model(Overflowing())]))) as client:
         assert refused(client, cat, "")[:2] == (500, "inference_failed")
+
+
+@pytest.mark.parametrize("style", ["map", "overlay"])
+def test_only_what_the_network_saw_bears_a_map(both, photographs, style):
+    """Of a photograph of 600 x 400, cut to its middle: the same hatching beside it, whatever is explained."""
+    content = photographs["coffee.png"].read_bytes()
+    cat, ship = (
+        np.asarray(explained(both, content, f"model=cifar10&style={style}&class={label}")[0], int)
+        for label in ("cat", "ship")
+    )
+    side = cat.shape[1] // 6 - 2
+    for strip in (np.s_[:, :side], np.s_[:, -side:]):
+        np.testing.assert_array_equal(cat[strip], ship[strip])
+        assert cat[strip].std() > 0
+    assert np.abs(cat - ship)[:, side + 4 : -side - 4].max() > 30
+
+
+def test_the_panel_is_told_what_the_network_saw(both, photographs, monkeypatch):
+    draw, boxes = route.explained, []
+
+    def watched(*arguments, **options):
+        boxes.append(options.get("box"))
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(route, "explained", watched)
+    explained(both, photographs["coffee.png"].read_bytes(), "model=cifar10&style=panel")
+    assert boxes == [pytest.approx((1 / 6, 0, 5 / 6, 1))]  # of 600 x 400, cut to its middle
