@@ -7,7 +7,6 @@ import pytest
 
 from app.main import create_app
 from app.settings import Settings
-from model.contract import CARD_FILE, ModelCard
 
 FIRST, SECOND, NONE = [0.0, None, None], [None, 0.0, None], [None, None, None]
 PHOTOS = ["chelsea.png", "astronaut.png", "rocket.jpg", "camera.png", "coffee.png"]
@@ -154,10 +153,10 @@ def test_what_cannot_be_kept_is_refused(adaptive, sources, query, status_and_cod
         assert (answer.status_code, answer.json()["code"]) == status_and_code, answer.text
 
 
-def test_a_model_without_exits_says_so(digits, sources, bundled):
-    if ModelCard.from_json((bundled / CARD_FILE).read_bytes(), bundled).exits:
-        pytest.skip("the bundled model has exits")
-    answer = digits.post("/predict?mode=adaptive", content=sources[0], headers={"Content-Type": "image/png"})
+def test_a_model_without_exits_says_so(artefact, rewrite_card, serve, sources):
+    rewrite_card(artefact, exits=[])
+    with serve(create_app(Settings(exports=artefact.parents[1], provider="cpu"))) as client:
+        answer = client.post("/predict?mode=adaptive", content=sources[0], headers={"Content-Type": "image/png"})
     assert (answer.status_code, answer.json()["code"]) == (422, "no_exit")
     assert "lists no `exits`" in answer.json()["detail"]
 
