@@ -286,14 +286,20 @@ def test_the_arithmetic_is_that_of_numpy(open_page, server, photos):
     assert found["means"] == pytest.approx([told.evidence(3)[0]] * 3)  # drawn finer, the mean is still the sum
 
 
-@in_a_browser
-def test_asking_back_a_stage_switched_off(open_page, server):
+def cat_answered(open_page, server):
+    """The page with the answer to the cat, what the server said, and a list of the requests from then on."""
     page = open_page()
     told = Told(server, CAT)
     choose(page, CAT)
     answered(page, "cat")
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
+    return page, told, requests
+
+
+@in_a_browser
+def test_asking_back_a_stage_switched_off(open_page, server):
+    page, told, requests = cat_answered(open_page, server)
     for number in (2, 1, 3):
         page.locator(f"#stage-{number}").uncheck()
     expect(page.locator("#changed")).to_contain_text("Without conv7, conv10 and conv13")
@@ -353,12 +359,7 @@ def test_asking_back_a_box_drawn_with_the_mouse(open_page, server):
 
 @in_a_browser
 def test_class_comparison_and_view_switch_without_a_request(open_page, server):
-    page = open_page()
-    told = Told(server, CAT)
-    choose(page, CAT)
-    answered(page, "cat")
-    requests: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
+    page, told, requests = cat_answered(open_page, server)
 
     def picture() -> str:
         return page.locator("#picture").evaluate("canvas => canvas.toDataURL()")
