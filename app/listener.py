@@ -1,12 +1,19 @@
-"""The socket that the server listens on, claimed before anything that takes long."""
+"""The socket that the server listens on: claimed before anything that takes long, closed with an empty queue."""
 
+import ctypes
 import errno
 import socket
+import struct
+import sys
 
 from app.settings import Settings
 from model.contract import InterflowError
 
 BACKLOG = 2048
+SO_ATTACH_FILTER = 26
+"""Linux's number, which Python does not name."""
+NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+"""Classic BPF: load the TCP header's flags; where SYN is among them, keep 0 bytes of the packet, else all of it."""
 
 
 class ListenError(InterflowError):
@@ -43,6 +50,20 @@ def listen(listener: socket.socket, settings: Settings) -> None:
         listener.listen(BACKLOG)
     except OSError as error:
         raise _listen_error(settings, error) from error
+
+
+def turn_away(listener: socket.socket) -> None:
+    """Let no new connection begin, while those that have begun can still be taken.
+
+    Whatever is in a listener's queue when it closes is reset, though the client was told that it is connected. So it
+    is emptied first, which ends only if nothing more comes in: the kernel drops packets that open a connection, and a
+    client's kernel tries again after a second, when the address is closed or another server's. Linux only.
+    """
+    if sys.platform == "linux":
+        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(NO_SYN), ctypes.addressof(program))
+        )
 
 
 def url(listener: socket.socket) -> str:

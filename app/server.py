@@ -1,7 +1,7 @@
 """One serving process: uvicorn with our end (draining), and with limits on clients that are slow to say what they want.
 
 The end, on SIGTERM or SIGINT: /readyz answers 503 and every answer closes its connection, while new connections are
-still taken for INTERFLOW_DRAIN_S; then the listener closes, what was accepted is answered, and the process is done. A
+still taken for INTERFLOW_DRAIN_S; then they are turned away, what was accepted is answered, and the process is done. A
 second signal ends it at once.
 """
 
@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.listener import BACKLOG, listen, url
+from app.listener import BACKLOG, listen, turn_away, url
 from app.main import create_app
 from app.repository import load_repository
 from app.settings import Settings
@@ -28,7 +28,7 @@ from app.settings import Settings
 GRACE_S = 8
 """Time for accepted requests after the listener closed; `docker stop` kills after 10 seconds in all."""
 LAST_REQUESTS_S = (0.1, 1.0)
-"""What a kept connection, and one that was just taken, may still take to send a request after the listener closed."""
+"""What a kept connection, and one that was just taken, may take to send a request once new ones are turned away."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers, of a chunk's extensions and of the trailers; httptools itself has no limit."""
 
@@ -101,16 +101,19 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or (self._drained_at is not None and time.monotonic() >= self._drained_at)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener, let requests that are on their way come in, and answer what came."""
+        """Take no new connections, let requests that are on their way come in, and answer what came."""
+        for listener in sockets or []:
+            if self._settings.workers == 1:
+                turn_away(listener)  # else it is not ours alone, and the parent does so
+        kept_s, taken_s = LAST_REQUESTS_S
+        begun = time.monotonic()
+        await asyncio.sleep(kept_s)
         waiting = [connection for listener in sockets or [] for connection in _taken(listener)]
         for server in self.servers:
             server.close()
         for connection in waiting:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-        kept_s, taken_s = LAST_REQUESTS_S
-        closed = time.monotonic()
-        await asyncio.sleep(kept_s)
-        while time.monotonic() - closed < taken_s and any(one.cycle is None for one in self._connections()):
+        while time.monotonic() - begun < taken_s and any(one.cycle is None for one in self._connections()):
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
 

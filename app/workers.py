@@ -20,6 +20,7 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
+from app.listener import turn_away
 from app.logs import start_logging
 from app.metrics import SHARED_FOLDER
 from app.server import GRACE_S, serve
@@ -142,10 +143,14 @@ class _Parent:
             shutil.rmtree(self._shared, ignore_errors=True)
             os._exit(128 + number)
         self._ending.set()
-        self._listener.close()  # the last worker that closes its own refuses connections; ours would let them wait
         for process in self._running:
             process.terminate()
+        asyncio.get_running_loop().call_later(self._settings.drain_s, self._turn_away)
         asyncio.get_running_loop().call_later(self._settings.drain_s + GRACE_S + EXTRA_S, self._kill)
+
+    def _turn_away(self) -> None:
+        turn_away(self._listener)
+        self._listener.close()  # the last worker that closes its own refuses connections; ours would let them wait
 
     def _kill(self) -> None:
         for process in self._running:
