@@ -1,8 +1,8 @@
 """Around every request: its id, its line in the log and its count, its path's prefix, its body's time, and bad luck."""
 
 import logging
+import random
 import re
-import secrets
 import time
 
 from starlette.middleware.cors import CORSMiddleware
@@ -93,8 +93,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), b"").decode("latin-1")
-        identity = given if _SANE_ID.fullmatch(given) else secrets.token_hex(16)
+        identity = sane_id(scope)
         scope.setdefault("state", {})["request_id"] = identity
         request_id.set(identity)  # uvicorn gives every request a context of its own
         started = False
@@ -114,6 +113,13 @@ class RequestIdMiddleware:
             logger.exception("request %s failed", identity)
             detail = "the server failed; its log has the reason under the request id."
             await problem(Request(scope), 500, "internal_error", detail)(scope, receive, send_with_id)
+
+
+def sane_id(scope: Scope) -> str:
+    """The client's request id if it is sane, or a new one."""
+    given = next((value for name, value in scope["headers"] if name == _HEADER), b"").decode("latin-1")
+    # unique, but no secret: asking the kernel for one took 4 % of the event loop's time
+    return given if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 class RootPathMiddleware:
