@@ -8,7 +8,7 @@ import onnxruntime
 from app.inference import STOPS, Outputs
 from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, IMAGE, LOGITS, ModelCard, branch_map_name
 from model.cut import CONFIDENCE_READ, Segment, logits_read, with_readings
-from model.explain import contributions
+from model.explain import contributions, readings
 
 
 class EarlyExit:
@@ -18,7 +18,6 @@ class EarlyExit:
         card: describes the network.
         segments: of its graph, from shallow to deep.
         open_model: makes a session of a serialised graph.
-        sizes: of batches, as `padded`.
     """
 
     def __init__(
@@ -26,7 +25,6 @@ class EarlyExit:
         card: ModelCard,
         segments: Sequence[Segment],
         open_model: Callable[[bytes], onnxruntime.InferenceSession],
-        sizes: Sequence[int] | None,
     ) -> None:
         reading = [with_readings(segment, card.reading_scales) for segment in segments]
         self._sessions = [open_model(segment.model) for segment in reading]
@@ -36,7 +34,6 @@ class EarlyExit:
         self._fetched = [[name for name in segment.outputs if name not in maps] for segment in reading]
         self._later = [{name for inputs in self._inputs[place:] for name in inputs} for place in range(1, len(reading))]
         self._weights = np.asarray(card.branch_weights, np.float32)
-        self._sizes = sizes
 
     def run(self, images: np.ndarray, thresholds: np.ndarray) -> Outputs:
         """Logits, branch logits, branch weights and `STOPS` of N images, as `Network.run`; blocks.
@@ -52,9 +49,8 @@ class EarlyExit:
         for part, (session, inputs, fetched) in enumerate(
             zip(self._sessions, self._inputs, self._fetched, strict=True)
         ):
-            count = len(held[inputs[0]])
-            values = session.run(fetched, {name: padded(held[name], self._sizes) for name in inputs})
-            held |= {name: value[:count] for name, value in zip(fetched, values, strict=True)}
+            values = session.run(fetched, {name: held[name] for name in inputs})
+            held |= zip(fetched, values, strict=True)
             for branch in self._branches[part]:
                 branch_logits[places, branch] = held[logits_read(branch)]
             if part == len(self._sessions) - 1:
@@ -68,23 +64,33 @@ class EarlyExit:
                 if not len(places):
                     break
                 held = {name: held[name][~sure] for name in self._later[part] if name in held}
-        weights = np.empty_like(branch_logits)
-        weights[:] = self._weights
-        return {
-            LOGITS: contributions(branch_logits, weights).sum(axis=1),
-            BRANCH_LOGITS: branch_logits,
-            BRANCH_WEIGHTS: weights,
-            STOPS: stops,
-        }
+        return _outputs(branch_logits, self._weights, stops)
 
 
-def padded(images: np.ndarray, sizes: Sequence[int] | None) -> np.ndarray:
-    """The images, or what is held of them, and zeros up to the next of the sizes that were warmed up.
+def stopped(card: ModelCard, branch_logits: np.ndarray, thresholds: np.ndarray) -> Outputs:
+    """What `EarlyExit.run` gives, of the branch logits of the whole network.
 
-    On CUDA only, where each new size costs a search for algorithms. On the CPU a batch of n takes n times as long as
-    one image, or a little less, so padding would only add work.
+    For a GPU, which is done with all stages before the features of some had gone to the CPU and back: every image stops
+    where it would have stopped, and nothing is saved by it.
+
+    Args:
+        card: describes the network.
+        branch_logits: float32 (N, B, K).
+        thresholds: (N, B - 1), infinite where an image is not to stop.
     """
-    size = next((size for size in sizes or () if size >= len(images)), len(images))
-    if size == len(images):
-        return images
-    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
+    last = len(card.stages) - 1
+    sure = readings(branch_logits[:, :last], np.asarray(card.reading_scales)[:last]).max(axis=2) >= thresholds
+    stops = np.where(sure.any(axis=1), sure.argmax(axis=1), last)
+    branch_logits = np.where((np.arange(last + 1) > stops[:, None])[..., None], np.float32(np.nan), branch_logits)
+    return _outputs(branch_logits, np.asarray(card.branch_weights, np.float32), stops)
+
+
+def _outputs(branch_logits: np.ndarray, weights: np.ndarray, stops: np.ndarray) -> Outputs:
+    of_images = np.empty_like(branch_logits)
+    of_images[:] = weights
+    return {
+        LOGITS: contributions(branch_logits, of_images).sum(axis=1),
+        BRANCH_LOGITS: branch_logits,
+        BRANCH_WEIGHTS: of_images,
+        STOPS: stops,
+    }

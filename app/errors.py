@@ -14,6 +14,8 @@ NoExitError                       an adaptive answer asked of a network that can
 QuestionError                     an explanation asked of a stage or class that the model does not have
 NotReadyError                     no model loaded yet
 InferenceError                    the network gave no usable numbers
+DeviceMemoryError                 a batch for which the GPU's memory did not suffice; come again later
+DeviceLostError                   the GPU is lost to this process; come again once another one serves
 LoadRequestError                  a load request that asks for what cannot be had
 LoadError                         a model that is broken, so that what was loaded stays
 InferenceRequestError             a request of the Open Inference Protocol that breaks its rules or the model's
@@ -86,6 +88,18 @@ class NotReadyError(InterflowError):
 
 class InferenceError(InterflowError):
     """The network failed, or gave numbers that are not finite."""
+
+
+class DeviceMemoryError(InferenceError):
+    """A batch for which the GPU's memory did not suffice."""
+
+    headers: ClassVar = {"Retry-After": "1"}  # seconds, the least that it can say
+
+
+class DeviceLostError(InferenceError):
+    """The GPU that a network runs on is lost to this process."""
+
+    headers: ClassVar = DeviceMemoryError.headers
 
 
 class LoadRequestError(InterflowError):
@@ -161,6 +175,8 @@ PROBLEMS: dict[type[InterflowError], tuple[int, str]] = {
     QuestionError: (422, "invalid_question"),
     NotReadyError: (503, "not_ready"),
     InferenceError: (500, "inference_failed"),
+    DeviceMemoryError: (503, "device_out_of_memory"),
+    DeviceLostError: (503, "device_lost"),
     LoadRequestError: (400, "invalid_load_request"),
     LoadError: (400, "load_failed"),
     InferenceRequestError: (400, "invalid_inference_request"),
@@ -194,7 +210,7 @@ def problem(
 
 def problem_of(request: Request, error: InterflowError) -> Problem:
     """The body that an error is answered with, for answers that hold several."""
-    return _body(request, *_status_and_code(error), str(error))
+    return _body(request, *status_and_code(error), str(error))
 
 
 def _body(request: Request, status: int, code: str, detail: str) -> Problem:
@@ -207,7 +223,8 @@ def _body(request: Request, status: int, code: str, detail: str) -> Problem:
     )
 
 
-def _status_and_code(error: InterflowError) -> tuple[int, str]:
+def status_and_code(error: InterflowError) -> tuple[int, str]:
+    """What `PROBLEMS` says of an error."""
     return next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), (500, "internal_error"))
 
 
@@ -241,7 +258,7 @@ def protocol_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 async def _ours(request: Request, error: InterflowError) -> Response:
-    status, code = _status_and_code(error)
+    status, code = status_and_code(error)
     if status == 429:
         await request.app.state.refusals.keep()
     if status == 500:

@@ -14,6 +14,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from app import cuda
+from app.errors import DeviceLostError, DeviceMemoryError, InferenceError
 from app.schemas import Interpretation
 
 if TYPE_CHECKING:  # the repository tells this of its batches
@@ -42,11 +44,23 @@ STEP_SECONDS = Histogram(
 )
 BATCH_IMAGES = Histogram("interflow_batch_images", "Images in a batch that a network ran.", ["model"], buckets=_IMAGES)
 BATCH_SECONDS = Histogram("interflow_batch_seconds", "A network's run of one batch.", ["model"], buckets=_SECONDS)
+FAILED_BATCHES = Counter(
+    "interflow_failed_batches",
+    "Batches that a network could not run; reason: device_lost, device_out_of_memory or other.",
+    ["model", "reason"],
+)
+DEVICE_LOST = Gauge("interflow_device_lost", "Workers that lost their GPU.", multiprocess_mode="livesum")
 QUEUE_IMAGES = Gauge(
     "interflow_queue_images", "Images that wait for a network.", ["model"], multiprocess_mode="livesum"
 )
 MODEL_LOADED = Gauge(
     "interflow_model_loaded", "Workers that have the version loaded.", ["model", "version"], multiprocess_mode="livesum"
+)
+MODEL_FALLBACK = Gauge(
+    "interflow_model_fallback",
+    "Workers that run the version on the CPU because CUDA could not be had; /readyz says why.",
+    ["model", "version"],
+    multiprocess_mode="livesum",
 )
 ANSWER_CONFIDENCE = Histogram(
     "interflow_answer_confidence", "Confidence of the fused answer.", ["model"], buckets=_CONFIDENCES
@@ -84,6 +98,12 @@ def record_batch(model: str, images: int, seconds: float) -> None:
     sizes, times = _of_batch(model)
     sizes.observe(images)
     times.observe(seconds)
+
+
+def record_failed_batch(model: str, error: InferenceError) -> None:
+    """A network could not run a batch."""
+    reasons = {DeviceLostError: "device_lost", DeviceMemoryError: "device_out_of_memory"}
+    FAILED_BATCHES.labels(model, reasons.get(type(error), "other")).inc()
 
 
 def record_steps(model: str, **ms: float) -> None:
@@ -151,6 +171,7 @@ class Gauges:
     def sample(self, repository: "Repository") -> None:
         """Write down how it is now."""
         IN_FLIGHT.set(self.in_flight)
+        DEVICE_LOST.set(cuda.device.lost is not None)
         models = repository.models
         loaded = {(model.card.name, model.card.version) for model in models}
         queued = dict.fromkeys((name for name, _ in loaded | self._seen), 0)
@@ -158,9 +179,11 @@ class Gauges:
             queued[model.card.name] += model.inference.queued
         for name, images in queued.items():
             QUEUE_IMAGES.labels(name).set(images)
+        fallen_back = {(model.card.name, model.card.version) for model in models if model.runtime.fallback is not None}
         # an unloaded one stays, as 0: the files of several workers forget nothing
         for version in loaded | self._seen:
             MODEL_LOADED.labels(*version).set(version in loaded)
+            MODEL_FALLBACK.labels(*version).set(version in fallen_back)
         self._seen |= loaded
 
     async def keep_sampling(self, repository: "Repository") -> None:

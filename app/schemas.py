@@ -208,6 +208,16 @@ class BatchAnswer(TypedDict):
     ]
 
 
+class CudaRuntime(_Body):
+    """How a model runs on a GPU."""
+
+    tf32: Annotated[bool, Field(description="float32 convolutions multiply with ten bits of each factor")]
+    graphs: Annotated[list[int], Field(description="of the sizes of batches, those that run as a CUDA graph")]
+    memory: Annotated[
+        int | None, Field(description="bytes that onnxruntime may allocate for this model, in this process; null: any")
+    ]
+
+
 class Runtime(_Body):
     """What a model runs on."""
 
@@ -227,6 +237,7 @@ class Runtime(_Body):
     ]
     batch_wait_us: Annotated[int, Field(description="microseconds that images wait for others to fill their batch")]
     max_queue: Annotated[int, Field(description="images that may wait")]
+    cuda: Annotated[CudaRuntime | None, Field(description="null on the CPU")] = None
 
 
 class ModelDescription(ModelCard):

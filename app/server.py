@@ -2,12 +2,14 @@
 
 The end, on SIGTERM or SIGINT: /readyz answers 503 and every answer closes its connection, while new connections are
 still taken for INTERFLOW_DRAIN_S; then they are turned away, what was accepted is answered, and the process is done. A
-second signal ends it at once.
+second signal ends it at once. A GPU that is lost ends it in the same way, but with status 1, where INTERFLOW_CUDA_LOST
+says so: its context cannot be had again in the same process.
 """
 
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import socket
 import time
@@ -20,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app import cuda
 from app.listener import BACKLOG, listen, turn_away, url
 from app.main import create_app
 from app.repository import load_repository
@@ -31,6 +34,8 @@ LAST_REQUESTS_S = (0.1, 1.0)
 """What a kept connection, and one that was just taken, may take to send a request once new ones are turned away."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers, of a chunk's extensions and of the trailers; httptools itself has no limit."""
+
+logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, listener: socket.socket, announce: Callable[[str], None]) -> None:
@@ -52,6 +57,10 @@ def serve(settings: Settings, listener: socket.socket, announce: Callable[[str],
     gc.freeze()  # what is loaded stays: walking all of it in every full collection took 5 % of the time
     gc.set_threshold(50_000, 20, 20)  # requests that wait are no garbage: with 1,000 of them, looking took 20 %
     Server(app, settings, lambda: announce(greeting)).run(sockets=[listener])
+    if cuda.device.lost and settings.cuda_lost == "exit":
+        logger.critical("ended, because the GPU was lost (INTERFLOW_CUDA_LOST): to be started anew.")
+        logging.shutdown()
+        os._exit(1)  # Python's own end would free what lies on the GPU, which fails now, or hangs
 
 
 class Server(uvicorn.Server):
@@ -91,6 +100,9 @@ class Server(uvicorn.Server):
         """First signal: drain. Second: end at once, as one that was killed by it."""
         if self._drained_at is not None:
             os._exit(128 + sig)
+        self._drain()
+
+    def _drain(self) -> None:
         self._app.state.draining = True
         self._drained_at = time.monotonic() + self._settings.drain_s
 
@@ -98,6 +110,8 @@ class Server(uvicorn.Server):
         """Ten times a second; true ends the serving."""
         if counter % 10 == 0:
             self._close_the_slow()
+        if cuda.device.lost and self._settings.cuda_lost == "exit" and self._drained_at is None:
+            self._drain()
         return await super().on_tick(counter) or (self._drained_at is not None and time.monotonic() >= self._drained_at)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

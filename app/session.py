@@ -1,24 +1,24 @@
 """An artefact in onnxruntime: opened, compared with its card, and warmed up with everything that the card promises."""
 
-import contextlib
-import ctypes
-import io
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 
+from app import cuda
 from app.cpus import be_nice, usable_cpus
-from app.early_exit import EarlyExit, padded
+from app.cuda import CUDA, CudaNetwork
+from app.early_exit import EarlyExit, stopped
 from app.errors import InferenceError
 from app.inference import Outputs
-from app.schemas import Runtime
+from app.metrics import record_failed_batch
+from app.schemas import CudaRuntime, Runtime
 from app.settings import Settings
 from model.contract import (
     BRANCH_LOGITS,
@@ -38,11 +38,10 @@ from model.cpu import cpu_features
 from model.cut import CutError, Segment, cut
 from model.explain import contributions
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-_CUDA_PROVIDERS = [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]
+CPU = "CPUExecutionProvider"
 CPU_WARM_UP_BATCHES = (1, 2)
 TOLERANCE = 1e-3
-"""Of the identities at warm-up, relative to the largest summand: CUDA multiplies in TF32."""
+"""Of the identities at warm-up, relative to the largest summand: as far off as TF32, with ten bits of each factor."""
 
 CPUS_OF_A_LANE = 4
 """More threads do little for one inference; more CPUs than that get more lanes, but two lanes at least: while one hands
@@ -50,6 +49,8 @@ its answers over, the other runs."""
 BATCH_OF_A_CPU, BATCH_ON_CUDA = 8, 32
 """Images in a batch, by default. A CPU gains nothing by more (1.42 ms an image alone, 1.17 in 8, 1.12 in 32), and the
 first of a larger batch waits longer."""
+LANES_ON_CUDA = 2
+"""One fills and empties its memory while the other is on the GPU."""
 
 AGAIN = "Export the model again."
 
@@ -72,7 +73,7 @@ class Session:
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.card = _read_card(folder)
+        self.card = read_card(folder)
         path = folder / MODEL_FILE
         cpus = usable_cpus(settings.workers)
         lanes = settings.lanes or min(cpus, max(2, cpus // CPUS_OF_A_LANE))
@@ -80,6 +81,8 @@ class Session:
         threads = settings.threads or max(1, cpus - lanes + 1)
         self._session, fallback = _open(path, settings, threads)
         on_cuda = self._session.get_providers()[0] == CUDA
+        if on_cuda:
+            lanes, threads = settings.lanes or LANES_ON_CUDA, 1
         # int8 is done sooner by one thread than by two: an image of the CIFAR-10 model takes 0.50 ms, and 0.67
         wide = not on_cuda and settings.threads == 0 and cpus >= 2 * threads and self.card.precision != "int8"
         self._lone_session = _create(path, [CPU], settings, cpus) if wide else self._session
@@ -104,34 +107,36 @@ class Session:
         )
         _check_metadata(self._session, self.card, path)
         _check_signature(self._session, self.card, path)
-        if not on_cuda:
-            _warn_of_another_cpu(self.card)
+        self._on_cuda: CudaNetwork | None = None
         self._early_exit = self._lone_early_exit = None
-        if self.card.exits:
-            segments = _segments(path, self.card)
+        if on_cuda:
+            self._on_cuda = self._open_network(path, settings)
+        else:
+            _warn_of_another_cpu(self.card)
+            if self.card.exits:
+                segments = _segments(path, self.card)
 
-            def in_pieces(whole: onnxruntime.InferenceSession, threads: int) -> EarlyExit:
-                def opened(model: bytes) -> onnxruntime.InferenceSession:
-                    return _create(model, _providers(whole), settings, threads)
+                def in_pieces(threads: int) -> EarlyExit:
+                    return EarlyExit(self.card, segments, lambda model: _create(model, [CPU], settings, threads))
 
-                return EarlyExit(self.card, segments, opened, self.runtime.batch_sizes)
-
-            self._early_exit = in_pieces(self._session, threads)
-            self._lone_early_exit = in_pieces(self._session, cpus) if wide else self._early_exit
+                self._early_exit = in_pieces(threads)
+                self._lone_early_exit = in_pieces(cpus) if wide else self._early_exit
         self._warm_up(path)
 
     def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
         """One forward pass; blocks. Any number of threads may call this at a time; one alone has all CPUs.
 
         Args:
-            images: uint8 (N, H, W, C).
+            images: uint8 (N, H, W, C); on CUDA at most the largest of the runtime's `batch_sizes`.
             names: of the outputs to compute.
             thresholds: (N, B - 1), as `Network.run`; only where the card has `exits`, and then the outputs are those of
                 `EarlyExit.run`, whatever the names.
 
         Raises:
-            InferenceError: onnxruntime failed.
+            InferenceError: onnxruntime failed; by its subclasses, the GPU's memory did not suffice, or it is lost.
         """
+        if self._on_cuda is not None:
+            return self._run_on_cuda(self._on_cuda, images, names, thresholds)
         with self._counting:
             alone = self._running == 0
             self._running += 1
@@ -140,14 +145,47 @@ class Session:
                 early_exit = self._lone_early_exit if alone else self._early_exit
                 assert early_exit is not None, "the card has no exits"  # noqa: S101 - whoever asks knows the card
                 return early_exit.run(images, thresholds)
-            session = self._lone_session if alone else self._session
-            values = session.run(names, {IMAGE: padded(images, self.runtime.batch_sizes)})
+            return _whole(self._lone_session if alone else self._session, names, images)
         except Exception as error:  # onnxruntime's errors share no base class
-            raise InferenceError(f"inference failed ({_first_line(error)}).") from error
+            failure = InferenceError(f"inference failed ({_first_line(error)}).")
+            record_failed_batch(self.card.name, failure)
+            raise failure from error
         finally:
             with self._counting:
                 self._running -= 1
-        return {name: value[: len(images)] for name, value in zip(names, values, strict=True)}
+
+    def _run_on_cuda(
+        self, network: CudaNetwork, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None
+    ) -> Outputs:
+        try:
+            cuda.device.require()
+            if thresholds is None:
+                return network.run(images, names)
+            return stopped(self.card, network.run(images, [BRANCH_LOGITS])[BRANCH_LOGITS], thresholds)
+        except Exception as error:  # as in `run`
+            failure = cuda.device.failure(error)
+            record_failed_batch(self.card.name, failure)
+            raise failure from error
+
+    def _open_network(self, path: Path, settings: Settings) -> CudaNetwork:
+        """The session bound to memory of the GPU, its graphs captured; without them, where `auto` cannot have them."""
+        runtime = self.runtime
+        try:
+            network = CudaNetwork(self._session, self.card, runtime.batch_sizes or [], runtime.lanes)
+            network.capture(settings.cuda_graphs)
+        except Exception as error:  # onnxruntime's errors share no base class
+            if settings.cuda_graphs != "auto" or cuda.device.lost:
+                raise ModelError(f"{path}: fails on CUDA ({_first_line(error)}).") from error
+            logger.warning("%s runs without CUDA graphs: %s.", path.parent, _first_line(error))
+            without = settings.model_copy(update={"cuda_graphs": "off"})
+            self._session, _ = _open(path, without, runtime.threads)
+            return self._open_network(path, without)
+        runtime.cuda = CudaRuntime(
+            tf32=settings.cuda_tf32,
+            graphs=sorted(network.graphs),
+            memory=settings.cuda_memory // settings.workers or None,
+        )
+        return network
 
     def _warm_up(self, path: Path) -> None:
         spec = self.card.input
@@ -155,9 +193,9 @@ class Session:
         noise = np.random.default_rng(0)
         for batch in self.runtime.batch_sizes or CPU_WARM_UP_BATCHES:
             images = noise.integers(0, 256, (batch, spec.height, spec.width, spec.channels), np.uint8)
-            for session in {self._session, self._lone_session}:
+            for run in self._ways(names):
                 try:
-                    values = dict(zip(names, session.run(names, {IMAGE: images}), strict=True))
+                    values = run(images)
                 except Exception as error:  # onnxruntime's errors share no base class
                     raise ModelError(f"{path}: fails on {batch} images ({_first_line(error)}). {AGAIN}") from error
                 _check_values(values, self.card, batch, path)
@@ -172,6 +210,16 @@ class Session:
                 for name in (LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS):
                     otherwise = f"{path}: `{name}` stage by stage is not what the whole graph gives"
                     _require_equal(pieces[name], values[name], values[name], otherwise)
+
+    def _ways(self, names: Sequence[str]) -> list[Callable[[np.ndarray], Outputs]]:
+        """In which a batch may be run whole."""
+        if (network := self._on_cuda) is not None:
+            return [partial(network.run, names=names)]
+        return [partial(_whole, session, names) for session in {self._session, self._lone_session}]
+
+
+def _whole(session: onnxruntime.InferenceSession, names: Sequence[str], images: np.ndarray) -> Outputs:
+    return dict(zip(names, session.run(names, {IMAGE: images}), strict=True))
 
 
 def _warn_of_another_cpu(card: ModelCard) -> None:
@@ -199,12 +247,12 @@ def _segments(path: Path, card: ModelCard) -> list[Segment]:
         raise ModelError(f"{path}: cannot stop early, though its card says so: {error} {AGAIN}") from error
 
 
-def _providers(session: onnxruntime.InferenceSession) -> list:
-    """Those that `session` runs on, as they were asked for."""
-    return _CUDA_PROVIDERS if session.get_providers()[0] == CUDA else [CPU]
+def read_card(folder: Path) -> ModelCard:
+    """The card of `<exports>/<model>/<version>`, whose graph is there, too.
 
-
-def _read_card(folder: Path) -> ModelCard:
+    Raises:
+        ModelError, CardError: it is not, or the card is that of another model.
+    """
     try:
         for name in (CARD_FILE, MODEL_FILE):
             if not (folder / name).is_file():
@@ -229,7 +277,7 @@ def _open(path: Path, settings: Settings, threads: int) -> tuple[onnxruntime.Inf
     """Returns the session, and why it is not on CUDA where `auto` would have had it there."""
     fallback = None
     if settings.provider != "cpu":
-        session, fallback = _open_on_cuda(path, settings, threads)
+        session, fallback = cuda.open_session(lambda providers: _create(path, providers, settings, 1), settings)
         if session is not None:
             return session, None
         if settings.provider == "cuda":
@@ -241,28 +289,6 @@ def _open(path: Path, settings: Settings, threads: int) -> tuple[onnxruntime.Inf
         return _create(path, [CPU], settings, threads), fallback
     except Exception as error:  # onnxruntime's errors share no base class
         raise ModelError(f"{path}: not a readable ONNX model ({_first_line(error)}). {AGAIN}") from error
-
-
-def _open_on_cuda(
-    path: Path, settings: Settings, threads: int
-) -> tuple[onnxruntime.InferenceSession | None, str | None]:
-    """Returns the session, or what stands against it."""
-    if CUDA not in onnxruntime.get_available_providers():
-        return None, "the installed onnxruntime has no CUDA (the package onnxruntime-gpu has)"
-    try:
-        ctypes.CDLL("libcuda.so.1")  # asked first: without a driver onnxruntime would print pages
-    except OSError:
-        return None, "there is no NVIDIA driver (libcuda.so.1 does not load)"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        onnxruntime.preload_dlls()
-    try:
-        session = _create(path, _CUDA_PROVIDERS, settings, threads)
-    except Exception as error:  # onnxruntime's errors share no base class
-        return None, f"CUDA cannot run it ({_first_line(error)})"
-    if session.get_providers()[0] == CUDA:
-        return session, None
-    reason = printed.getvalue().partition("\n")[0] or "onnxruntime's message above says why"
-    return None, f"CUDA does not start ({reason}; the extra `gpu` installs its libraries)"
 
 
 def _create(model: Path | bytes, providers: list, settings: Settings, threads: int) -> onnxruntime.InferenceSession:
@@ -323,7 +349,7 @@ def _spec(node: onnxruntime.NodeArg) -> TensorSpec:
     )
 
 
-def _check_values(values: dict[str, np.ndarray], card: ModelCard, batch: int, path: Path) -> None:
+def _check_values(values: Outputs, card: ModelCard, batch: int, path: Path) -> None:
     """Hold one batch's outputs against the contract: shapes, finite numbers, both exact sums, layer attention."""
     for name, spec in card.outputs.items():
         if values[name].shape != (batch, *spec.shape[1:]):

@@ -62,6 +62,27 @@ class Settings(BaseSettings):
         BeforeValidator(_lower),
         Field(description="auto, cuda or cpu; auto takes CUDA where it works, cuda refuses to start without"),
     ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "on", "off"],
+        BeforeValidator(_lower),
+        Field(description="auto, on or off: run batches as CUDA graphs; auto: of the sizes that are quicker so"),
+    ] = "auto"
+    cuda_tf32: Annotated[
+        bool, Field(description="let the GPU multiply float32 with ten bits of each factor, as PyTorch's convolutions")
+    ] = True
+    cuda_memory: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="bytes of the GPU that a model may take in all workers together, beside its inputs and outputs "
+            "and CUDA's own; 0: any",
+        ),
+    ] = 0
+    cuda_lost: Annotated[
+        Literal["exit", "stay"],
+        BeforeValidator(_lower),
+        Field(description="exit or stay: end with status 1 when the GPU is lost, to be started anew, or be not ready"),
+    ] = "exit"
     max_bytes: Annotated[int, Field(gt=0, description="bytes allowed in one encoded image")] = 10 * 2**20
     max_tensor_bytes: Annotated[
         int,

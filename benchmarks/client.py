@@ -15,6 +15,7 @@ from benchmarks.servers import HOST
 from benchmarks.wrk import BOUNDARY
 
 ANSWER_S = 60
+FORM = f"Content-Type: multipart/form-data; boundary={BOUNDARY}"
 Check = Callable[[int, bytes], str | None]
 """Of an image's number and an answer's body: what is wrong with it."""
 
@@ -42,23 +43,26 @@ class Tally:
 
 
 class Client:
-    """Posts forms in turn to one path, until it is told to stop.
+    """Posts bodies in turn to one path, until it is told to stop.
 
     Args:
         port: of the server.
         path: that is asked.
-        bodies: forms with one image each.
+        bodies: forms with one image each, unless the headers say otherwise.
         check: holds an answer of status 200 against its image.
+        headers: lines that describe the bodies.
     """
 
-    def __init__(self, port: int, path: str, bodies: Sequence[bytes], check: Check) -> None:
+    def __init__(
+        self, port: int, path: str, bodies: Sequence[bytes], check: Check, headers: Sequence[str] = (FORM,)
+    ) -> None:
         self.tally = Tally()
         self.stopping = False
         """Set it to let every connection end after the answer that it waits for."""
         self.may_be_refused = False
         """Set it where the server is told to end: a connection that cannot be had then counts as no loss."""
         self._port = port
-        self._requests = [_request(port, path, body) for body in bodies]
+        self._requests = [_request(port, path, body, headers) for body in bodies]
         self._check = check
         self._turn = 0
 
@@ -89,7 +93,7 @@ class Client:
             async with asyncio.timeout(ANSWER_S):
                 head = await reader.readuntil(b"\r\n\r\n")
                 headers = head.lower()
-                body = await reader.readexactly(int(headers.partition(b"content-length:")[2].split(b"\r\n", 1)[0]))
+                body = await reader.readexactly(int(headers.partition(b"\r\ncontent-length:")[2].split(b"\r\n", 1)[0]))
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             self.tally.lost.append(f"no answer: {type(error).__name__} {error}".strip())
             return False
@@ -102,9 +106,6 @@ class Client:
         return b"connection: close" not in headers
 
 
-def _request(port: int, path: str, body: bytes) -> bytes:
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Length: {len(body)}\r\n"
-        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n\r\n"
-    )
-    return head.encode() + body
+def _request(port: int, path: str, body: bytes, headers: Sequence[str]) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", f"Host: {HOST}:{port}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -85,7 +85,7 @@ def make_model(exports: Path) -> Path:
     template = read_card(ROOT / "exports" / "digits" / "1")
     stages = tuple(stage.model_copy(update={"channels": 2 * stage.channels}) for stage in template.stages)
     spec = template.input.model_copy(update={"channels": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3})
-    pixels = [read_input(_jpeg(crop, 32), spec) for crop in islice(_crops(), 128)]
+    pixels = [read_input(to_jpeg(crop, 32), spec) for crop in islice(crops(), 128)]
     torch.manual_seed(0)
     network = create_model(
         "vgg16", method="S3", num_classes=10, in_channels=3, width=0.5, taps=[stage.name for stage in stages]
@@ -139,8 +139,8 @@ def make_images(model: Path, folder: Path, side: int, count: int) -> Images:
         raise InterflowError(f"{model}: takes grey images; serving is measured with a model for colour.")
     session = open_session(model, threads=1)
     by_class: dict[int, list[tuple[bytes, np.ndarray, np.ndarray, np.ndarray]]] = {}
-    for crop in islice(_crops(), 6 * count):
-        jpeg = _jpeg(crop, side)
+    for crop in islice(crops(), 6 * count):
+        jpeg = to_jpeg(crop, side)
         ours = read_input(jpeg, spec)
         both = {IMAGE: np.stack([ours, _read_plainly(jpeg, spec)])}
         logits, branch_logits = session.run([LOGITS, BRANCH_LOGITS], both)
@@ -181,7 +181,7 @@ def with_version(model: Path, version: int, temperature: float, exports: Path) -
     return write_artefact(exports, card, graph.SerializeToString())
 
 
-def _crops() -> Iterator[Image.Image]:
+def crops() -> Iterator[Image.Image]:
     """Squares of the photographs, of 200 pixels and up; the same ones every time, without end."""
     import skimage  # noqa: PLC0415 - only who makes images needs it
 
@@ -195,7 +195,8 @@ def _crops() -> Iterator[Image.Image]:
             yield photograph.crop((left, top, left + side, top + side))
 
 
-def _jpeg(crop: Image.Image, side: int) -> bytes:
+def to_jpeg(crop: Image.Image, side: int) -> bytes:
+    """A square of so many pixels a side, of quality 90."""
     buffer = io.BytesIO()
     crop.resize((side, side), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request
 
+from app import cuda
 from app.errors import NotReadyError, problem_responses, require_no_draining
 from app.repository import Repository
 from app.schemas import Alive, Ready, ReadyModel
@@ -17,8 +18,9 @@ async def is_alive() -> Alive:
 
 @router.get("/readyz", responses=problem_responses(503))
 async def is_ready(request: Request) -> Ready:
-    """200 once a model is loaded and has passed its warm-up, until the server is told to end."""
+    """200 once a model is loaded and has passed its warm-up, until the server is told to end or loses its GPU."""
     require_no_draining(request)
+    cuda.device.require()
     repository: Repository = request.app.state.repository
     if not repository.ready:
         raise NotReadyError("no model is loaded.")

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app import cuda
 from app.bodies import read_body
 from app.deadline import deadline_of
 from app.decoders import Decoders
@@ -154,8 +155,10 @@ async def show_model(request: Request) -> ProtocolModel:
 @router.get("/models/{name}/ready", openapi_extra=_MODEL, responses=protocol_responses(404, 503))
 @router.get("/models/{name}/versions/{number}/ready", openapi_extra=_VERSION, responses=protocol_responses(404, 503))
 async def is_model_ready(request: Request) -> ProtocolModelReady:
-    """200 while the model is loaded."""
-    return ProtocolModelReady(name=_model(request).card.name)
+    """200 while the model is loaded, and the GPU not lost."""
+    model = _model(request)
+    cuda.device.require()
+    return ProtocolModelReady(name=model.card.name)
 
 
 @router.post("/models/{name}/infer", openapi_extra=_TENSORS | _MODEL, responses=_ANSWERS, response_class=Response)

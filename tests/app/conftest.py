@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import httpx2
 import numpy as np
@@ -26,7 +27,7 @@ from app.main import create_app
 from app.repository import LoadedModel, Repository
 from app.schemas import Runtime
 from app.server import Server
-from app.settings import PREFIX, Settings
+from app.settings import PREFIX, Settings, variable
 from model.contract import (
     BRANCH_LOGITS,
     BRANCH_WEIGHTS,
@@ -62,9 +63,10 @@ RUNTIME = Runtime(
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_from_outside() -> Iterator[None]:
+    """But for INTERFLOW_PROVIDER: with cuda there, all servers whose provider the test leaves open run on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
-            if name.upper().startswith(PREFIX):
+            if name.upper().startswith(PREFIX) and name.upper() != variable("provider"):
                 patch.delenv(name)
         yield
 
@@ -219,6 +221,23 @@ def make_layered_model() -> Callable[[], LoadedModel]:
 def layered_model() -> LoadedModel:
     """A loaded `LayeredNetwork`, by the name of layered."""
     return _layered_model()
+
+
+@pytest.fixture(scope="session")
+def fake_cuda_module() -> ModuleType:
+    """`tests/app/fake_cuda`, not installed."""
+    spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).parent / "fake_cuda" / "sitecustomize.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake_cuda(fake_cuda_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A GPU that is none, for this test; `FakeSession` holds what was opened on it."""
+    monkeypatch.setattr(fake_cuda_module.FakeSession, "opened", [])
+    fake_cuda_module.install(monkeypatch.setattr)
+    return fake_cuda_module
 
 
 Serve = Callable[[FastAPI], AbstractContextManager[httpx2.Client]]

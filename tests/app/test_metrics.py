@@ -159,8 +159,12 @@ def test_every_metric_of_the_dashboard_exists_and_every_one_of_ours_is_shown(dig
     dashboard = json.loads(Path("docs/grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     queried = {name for query in queries for name in re.findall(r"\binterflow_\w+", query)}
-    # there once a stage disagreed, and once an answer was adaptive
-    rare = {"interflow_shallow_disagreements_total", "interflow_adaptive_answers_total"}
+    # there once a stage disagreed, an answer was adaptive, or a batch failed
+    rare = {
+        "interflow_shallow_disagreements_total",
+        "interflow_adaptive_answers_total",
+        "interflow_failed_batches_total",
+    }
     assert queried - exposed == rare - exposed
     families = {re.sub("_(total|created|sum|count|bucket)$", "", name) for name in exposed | rare}
     assert families == {re.sub("_(total|created|sum|count|bucket)$", "", name) for name in queried}
