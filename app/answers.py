@@ -126,7 +126,7 @@ class Interpreter:
         ]
         said, *readings = rankings
         if math.isnan(said[0]["confidence"]):
-            raise _not_finite()
+            raise not_finite()
         answer, stop = said[0]["index"], int(outputs[STOPS][image])
         whole = stop == len(self._card.stages) - 1
         stages = [
@@ -194,7 +194,7 @@ class Interpreter:
     def _layer_attention(self, weights: np.ndarray) -> list[LayerAttention]:
         """One image's rows (L, S), named by the card."""
         if not np.isfinite(weights).all():
-            raise _not_finite()
+            raise not_finite()
         return [
             LayerAttention(
                 block=row.block,
@@ -232,5 +232,6 @@ class ReadNetwork:
         return {**outputs, **self._interpreter.read(outputs)}
 
 
-def _not_finite() -> InferenceError:
+def not_finite() -> InferenceError:
+    """Of an image whose confidences are NaN."""
     return InferenceError("the network gave numbers that are not finite for this image.")

@@ -84,7 +84,7 @@ class Repository:
             raise NotReadyError("no model is loaded; /readyz says when one is.")
         wanted = self._default if name is None else name
         if wanted is None:
-            wanted = max(models, key=_precedence).card.name
+            wanted = max((model.card for model in models), key=precedence).name
         found = [model for model in models if model.card.name == wanted and version in (None, model.card.version)]
         if not found:
             asked = f"model {wanted!r}" + (f", version {version!r}," if version is not None else "")
@@ -109,9 +109,9 @@ class Repository:
             model.inference.close()
 
 
-def _precedence(model: LoadedModel) -> tuple[bool, datetime]:
-    """A model made of another in fewer bits stands beside that one, not in its place."""
-    return model.card.precision == "float32", model.card.provenance.created
+def precedence(card: ModelCard) -> tuple[bool, datetime]:
+    """The greatest is the default: a model made of another in fewer bits stands beside that one, not in its place."""
+    return card.precision == "float32", card.provenance.created
 
 
 def _in_order(models: Iterable[LoadedModel]) -> tuple[LoadedModel, ...]:

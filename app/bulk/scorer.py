@@ -1,0 +1,113 @@
+"""One part: from the listing to its two tables. The same in a local process and in an actor of a cluster."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from app.answers import Interpreter, not_finite
+from app.bulk.addresses import Output
+from app.bulk.listing import read_part
+from app.bulk.plan import Counts, Plan
+from app.bulk.reading import Decoded, Listed, Unreadable, ahead, chunks, decode, images_of
+from app.bulk.tables import Answers, counts_in, to_parquet, unreadable_table
+from app.inference import Outputs
+from app.session import ModelError, Session
+from app.settings import Settings
+from model.contract import BRANCH_LOGITS, BRANCH_WEIGHTS, LOGITS
+
+BATCH = 32
+"""Images in a batch, unless INTERFLOW_MAX_BATCH says otherwise."""
+BATCHES = 8
+"""Whose outputs are read at once."""
+
+
+class Scorer:
+    """A loaded model that finishes parts of a plan.
+
+    Args:
+        plan: its listing is finished.
+        output: where the listing is, and the tables go.
+        settings: provider and largest batch; the session has one lane of one thread.
+        threads: that fetch and decode images while the network runs; none: both take turns.
+
+    Raises:
+        ModelError, CardError: the model is broken, or no longer the plan's.
+    """
+
+    def __init__(self, plan: Plan, output: Output, settings: Settings, threads: int) -> None:
+        self._plan = plan
+        self._output = output
+        own = {"lanes": 1, "threads": 1, "workers": 1, "niceness": 0, "max_batch": settings.max_batch or BATCH}
+        self._session = Session(Path(plan.model.folder), settings.model_copy(update=own))
+        self._card = self._session.card
+        if self._card.provenance.weights_sha256 != plan.model.sha256:
+            raise ModelError(
+                f"{plan.model.folder} was changed while it was used. Put back what was there, or begin anew."
+            )
+        self._interpreter = Interpreter(self._card)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads else None
+
+    def finish(self, part: int) -> tuple[Counts, bool]:
+        """Make a part's tables, unless they are there; gives its counts, and whether it had to be made.
+
+        Raises:
+            InferenceError: onnxruntime failed.
+            InterflowError: a file of OUT cannot be read or written.
+        """
+        file = self._output.open(f"predictions/{_name(part)}")
+        if file is not None:
+            with file:
+                counts = counts_in(file)
+            if counts is not None:
+                return counts, False
+        return self._make(part), True
+
+    def _make(self, part: int) -> Counts:
+        card, options = self._card, self._plan.options
+        decoding = partial(decode, spec=card.input, max_bytes=options.max_bytes, max_pixels=options.max_pixels)
+        listed = chunks(images_of(read_part(self._output, part), self._plan.column))
+        made = ahead(decoding, listed, self._pool, 2 * self._threads) if self._pool else map(decoding, listed)
+        images = chain.from_iterable(made)
+        answers = Answers(card, options.top_k)
+        reasons: list[tuple[Listed, Unreadable]] = []
+        while some := list(islice(images, BATCHES * self._session.runtime.max_batch)):
+            reasons += self._answer(some, answers)
+        counts = Counts(
+            predictions=len(answers.images),
+            unreadable=dict(sorted(Counter(why.code for _, why in reasons).items())),
+            classes=answers.by_class(),
+        )
+        for folder, table in (
+            ("unreadable", unreadable_table(self._plan, reasons)),
+            ("predictions", answers.table(self._plan)),  # last: it says that the part is done
+        ):
+            self._output.write(f"{folder}/{_name(part)}", to_parquet(table, self._plan, counts))
+        return counts
+
+    def _answer(self, images: Sequence[Decoded], answers: Answers) -> list[tuple[Listed, Unreadable]]:
+        """Add the answers to those that can be answered; gives the others, in order."""
+        readable = [(place, pixels) for place, (_, pixels) in enumerate(images) if not isinstance(pixels, Unreadable)]
+        reasons = {place: said for place, (_, said) in enumerate(images) if isinstance(said, Unreadable)}
+        if readable:
+            outputs = self._run(np.stack([pixels for _, pixels in readable]))
+            known = answers.add([images[place][0] for place, _ in readable], outputs)
+            broken = Unreadable.of(not_finite())
+            reasons |= {place: broken for (place, _), finite in zip(readable, known, strict=True) if not finite}
+        return [(images[place][0], why) for place, why in sorted(reasons.items())]
+
+    def _run(self, pixels: np.ndarray) -> Outputs:
+        """What the network and the interpreter say of any number of images."""
+        names, batch = (LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS), self._session.runtime.max_batch
+        parts = [self._session.run(pixels[first : first + batch], names) for first in range(0, len(pixels), batch)]
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        return outputs | dict(self._interpreter.read(outputs))
+
+
+def _name(part: int) -> str:
+    return f"part-{part:06d}.parquet"
