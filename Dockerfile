@@ -12,7 +12,7 @@ WORKDIR /srv
 COPY pyproject.toml ./
 RUN uv sync --no-cache --no-dev --no-install-project ${EXTRA:+--extra ${EXTRA}}
 COPY exports ./exports
-COPY model/__init__.py model/contract.py model/explain.py model/images.py ./model/
+COPY model/__init__.py model/contract.py model/cpu.py model/cut.py model/explain.py model/images.py model/panels.py ./model/
 COPY app ./app
 # COPY keeps modes: a checkout under umask 077 would be unreadable for the server's user.
 RUN chmod -R a+rX exports model app

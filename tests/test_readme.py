@@ -101,6 +101,8 @@ def test_every_command_runs_as_it_stands(fresh):
     assert found == [("cat", "cifar10", "1"), ("7", "digits", "2"), ("cat", "cifar10", "1")]
     trained = json.loads((fresh / "exports" / "digits" / "2" / "model.json").read_text())
     assert trained["metrics"]["accuracy"] >= 0.97
+    scored = json.loads((fresh / "scores" / "run.json").read_text())
+    assert scored["done"]["predictions"] == len(list((fresh / "app" / "static" / "examples").iterdir()))
 
 
 class Shell:
