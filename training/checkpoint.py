@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.contract import METADATA_KEY, InterflowError
+from training import distributed
 from training.files import replacing
 
 _NETWORK, _OPTIMIZER, _RANDOM, _CUDA_RANDOM, _STATE = "network.", "optimizer.", "random.cpu", "random.cuda", "state."
@@ -62,12 +63,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, state: Mapping[str, Tensor]) -> Progress:
-    """Put a saved state back, in place; returns where the run stood.
+    """Put a saved state back, in place; returns where the run stood. Where several train, the first one's file.
 
     Raises:
         InterflowError: not a checkpoint, or one of another network.
     """
-    progress, tensors = _read(path)
+    progress, tensors = distributed.from_first(lambda: _read(path))
     _load_network(path, network, tensors)
     for name, parameter in network.named_parameters():
         prefix = f"{_OPTIMIZER}{name}:"

@@ -4,13 +4,21 @@ import sys
 from collections.abc import Callable
 
 from model.contract import InterflowError
+from training import distributed
 
 INTERRUPTED = 130
 """Exit status of a process stopped by Ctrl-C, by convention."""
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its status; refusals become one line on stderr and status 1, without a traceback."""
+def run(main: Callable[[], int | None], *, together: bool = False) -> None:
+    """Call `main` and exit with its status; refusals become one line on stderr and status 1, without a traceback.
+
+    Args:
+        main: the command.
+        together: whether several processes can do it, started by torchrun. Where they cannot, one says so.
+    """
+    if distributed.launched() > 1 and not together:
+        sys.exit("error: torchrun is for training/train.py; start this with python." if distributed.first() else 0)
     try:
         sys.exit(main() or 0)
     except InterflowError as error:
@@ -18,10 +26,17 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         refusal = f"{error.filename}: {error.strerror}." if error.filename else f"{error}."
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if distributed.lost(error):
+            refusal = distributed.OTHER_ENDED
+        elif "memory" in str(error) or isinstance(error, MemoryError):
+            refusal = "out of memory; lower --batch-size, --image-size or --width."
+        else:
             raise
-        refusal = "out of memory; lower --batch-size, --image-size or --width."
     except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
+        if distributed.first():
+            print("interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    sys.exit(f"error: {' '.join(refusal.split())}")
+    refusal = f"error: {' '.join(refusal.split())}"
+    if distributed.several():
+        distributed.fail(refusal)
+    sys.exit(refusal)

@@ -9,7 +9,7 @@ import torch
 
 from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, ModelCard, Provenance, StageInfo
 from model.interflow import Interflow, InterflowOutput
-from training import calibration
+from training import calibration, distributed
 from training.checkpoint import weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
@@ -21,13 +21,17 @@ from training.run import SAMPLES, Run, git_revision
 from training.work import stage_work
 
 
-def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard:
+def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard | None:
     """Write the run's samples, plots and, last, its card.
 
     Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out.
+
+    Several processes share the images; the first does all the rest, and the others get None.
     """
     held_out = predict(network, data, data.val or data.train, recipe)
     test = predict(network, data, data.test, recipe)
+    if not distributed.first():
+        return None
     output = _one_pass(network, data)
     work = stage_work(network, data.spec)
 

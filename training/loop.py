@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from model.contract import InterflowError
 from model.interflow import Interflow, Normalize
+from training import distributed
 from training.augment import draw_epoch
 from training.calibration import Predictions, branch_accuracy, held_out_figures
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -48,13 +49,13 @@ def choose_device(name: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda" stands for.
 
     Raises:
-        InterflowError: "cuda" where torch finds none.
+        InterflowError: "cuda" where torch finds none, or fewer than there are processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InterflowError("device cuda: torch finds no CUDA device; give --device cpu, or auto.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return distributed.choose_cuda() if name == "cuda" else torch.device(name)
 
 
 def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> None:
@@ -68,7 +69,7 @@ def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device:
         InterflowError: the loss is no longer finite (the last good checkpoint is kept), or the data changed.
     """
     with stop_signals() as stop:
-        for _ in Training(network, data, recipe, run, device, stop=stop).steps():
+        for _ in Training(network, data, recipe, run, device, stop=stop, quiet=not distributed.first()).steps():
             pass
 
 
@@ -76,17 +77,22 @@ def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device:
 def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -> Predictions:
     """Branch logits of every image of a split, without augmentation, in evaluation mode.
 
+    Several processes share the images, and each gets the whole.
+
     Raises:
         NotFiniteError: they are not finite.
     """
     device = next(network.parameters()).device
     normalize = Normalize(data.spec.mean, data.spec.std).to(device)
     network.eval()
-    outputs = [
+    share = distributed.share(torch.arange(len(split)))
+    order = share.split(min(EVALUATION_BATCH, 4 * recipe.batch_size)) if len(share) else []
+    outputs = [torch.empty(0, len(network.stages), network.num_classes)]
+    outputs += (
         network(normalize(images.to(device))).branch_logits.float().cpu()
-        for images, _ in split.in_order(min(EVALUATION_BATCH, 4 * recipe.batch_size), recipe.workers)
-    ]
-    branch_logits = torch.cat(outputs)
+        for images, _ in split.batches(order, distributed.workers(recipe.workers))
+    )
+    branch_logits = distributed.put_together(torch.cat(outputs), len(split))
     if not branch_logits.isfinite().all():
         raise NotFiniteError("the network gives numbers that are not finite; train again with a lower --lr.")
     weights = network.attention.matrix().detach().float().cpu()
@@ -99,7 +105,8 @@ class Training:
     Args:
         network, data: moved to `device`.
         recipe: how to train.
-        run: where the state is saved, and gone on from where there is one.
+        run: where the state is saved, and gone on from where there is one; by the first process alone where several
+            train together.
         device: to train on.
         stop: from `stop_signals`.
         quiet: print nothing; several runs side by side have one bar of their own.
@@ -125,10 +132,11 @@ class Training:
         self.epoch, self.step = 0, 0
         self.rows: list[Row] = []
         self.saved_at, self.saving_takes = time.monotonic(), 0.0
-        if run.checkpoint.is_file():
+        if distributed.from_first(run.checkpoint.is_file):
             self._resume()
+        distributed.seed(recipe.seed, self.epoch, self.step)
         self.stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and not distributed.several():
             torch.cuda.synchronize()  # all so far was done on another stream
             self.stream = torch.cuda.Stream()
 
@@ -148,7 +156,7 @@ class Training:
             yield
 
     def _steps(self) -> Iterator[None]:
-        with SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1) as writer:
+        with self._writer() as writer:
             while self.epoch < self.recipe.epochs:
                 started, first = time.perf_counter(), self.step
                 yield from self._train_epoch()
@@ -157,19 +165,26 @@ class Training:
                 self.epoch, self.step = self.epoch + 1, 0
                 self.state.totals.zero_()
                 self.rows.append(row)
-                self.run.save_history(self.rows)
-                for name, value in row.items():
-                    writer.add_scalar(name, value, self.epoch)
-                writer.flush()
-                if self.epoch == self.recipe.epochs or self.stop or self._saving_is_due():
+                if writer:
+                    self.run.save_history(self.rows)
+                    for name, value in row.items():
+                        writer.add_scalar(name, value, self.epoch)
+                    writer.flush()
+                stopping = self._is_to_stop()
+                if self.epoch == self.recipe.epochs or stopping or self._saving_is_due():
                     self.save()
                 if not self.quiet:
                     print(self._describe(row))
-                if self.stop:
+                if stopping:
                     raise StoppedError
         self.state.keep_average()
         if self.stream:
             self.stream.synchronize()
+
+    def _writer(self) -> AbstractContextManager[SummaryWriter | None]:
+        if not distributed.first():
+            return nullcontext()
+        return SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1)
 
     def _train_epoch(self) -> Iterator[None]:
         draws = draw_epoch(self.data.train.labels, self.data.size, self.recipe, self.epoch)
@@ -188,30 +203,48 @@ class Training:
                 self.state.take(self.step, images)
                 self.step += 1
                 bar.update()
-                if time.monotonic() - shown > SHOW_EVERY_S:
+                if time.monotonic() - shown > SHOW_EVERY_S and distributed.first():
                     self._require_finite()
                     bar.set_postfix(loss=f"{self._mean(1):.3f}", accuracy=f"{self._mean(2):.1%}")
                     shown = time.monotonic()
-                if self.stop or time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                if time.monotonic() - self.saved_at > SAVE_EVERY_S:
                     self.save()
-                if self.stop:
-                    raise StoppedError
                 yield
 
     def _remaining_images(self, index: Tensor) -> Iterator[Tensor | None]:
-        """The images of each step to come where they are files; None where the step finds them itself."""
+        """The images of each step to come where they are files; None where the step finds them itself.
+
+        Before each, and after the last, is the moment to stop: then, with several processes, all have the same steps
+        behind them, and each the images of the next.
+        """
         order = list(index.split(self.recipe.batch_size))[self.step : self.steps_per_epoch]
-        if isinstance(self.data.train.images, Tensor):
-            yield from (None for _ in order)
-            return
-        try:
-            for images, _ in self.data.train.batches(order, self.recipe.workers):
-                yield images
-        except InterflowError as error:
-            if not self.stop:
-                raise
-            self.save()  # the signal to stop has ended the processes that read images, too
-            raise StoppedError from error
+        images: Iterator[Tensor | None] = iter([None] * len(order))
+        if not isinstance(self.data.train.images, Tensor):
+            shares = [distributed.share(indices) for indices in order]
+            batches = self.data.train.batches(shares, distributed.workers(self.recipe.workers))
+            images = (of_step for of_step, _ in batches)
+        for last in [False] * len(order) + [True]:
+            of_step, problem = None, None
+            try:
+                of_step = next(images, None)
+            except InterflowError as error:  # a signal to stop has perhaps ended the processes that read images, too
+                problem = error
+            if self._is_to_stop(problem):
+                self.save()
+                raise StoppedError from problem
+            if not last:
+                yield of_step
+
+    def _is_to_stop(self, problem: InterflowError | None = None) -> bool:
+        """Whether this process, or any that trains with it, was asked to stop.
+
+        Raises:
+            InterflowError: none was, and this one has a problem, or another has.
+        """
+        asked, failed = distributed.any_of(bool(self.stop), problem is not None)
+        if asked or not failed:
+            return asked
+        raise problem or InterflowError(distributed.OTHER_ENDED)
 
     def _mean(self, index: int) -> float:
         return float(self.state.totals[index] / self.state.totals[0])
@@ -269,7 +302,9 @@ class Training:
         return self.saving_takes <= SHARE_OF_SAVING * (time.monotonic() - self.saved_at)
 
     def save(self) -> None:
-        """Write the state as it is to the run's checkpoint."""
+        """Write the state as it is to the run's checkpoint; it is the same in all processes, and one writes it."""
+        if not distributed.first():
+            return
         if self.step:
             self._require_finite()
         started = time.monotonic()
@@ -289,12 +324,16 @@ class Training:
                 f"{self.run.folder}: the images are not those the run began with; put them back, or begin a new run."
             )
         self.epoch, self.step = progress.epoch, progress.step
-        self.rows = self.run.history()[: self.epoch]
-        if len(self.rows) < self.epoch:
-            raise InterflowError(f"{self.run.metrics}: not a whole history of {self.epoch} epochs; begin a new run.")
-        self.run.save_history(self.rows)
+        self.rows = distributed.from_first(self._history)
         if not self.quiet:
             print(f"resuming {self.run.folder} at epoch {self.epoch + 1}, step {self.step + 1}")
+
+    def _history(self) -> list[Row]:
+        rows = self.run.history()[: self.epoch]
+        if len(rows) < self.epoch:
+            raise InterflowError(f"{self.run.metrics}: not a whole history of {self.epoch} epochs; begin a new run.")
+        self.run.save_history(rows)
+        return rows
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

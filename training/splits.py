@@ -39,9 +39,11 @@ class FolderImages(Dataset[np.ndarray]):
     def __getitems__(self, indices: Sequence[int]) -> np.ndarray | InterflowError:
         """uint8 (n, height, width, channels), or what went wrong: a worker's exceptions arrive as pages of text."""
         try:
-            return np.stack([read_file(self.paths[i], self.spec) for i in indices])
+            images = [read_file(self.paths[i], self.spec) for i in indices]
         except InterflowError as error:
             return error
+        shape = (len(images), self.spec.height, self.spec.width, self.spec.channels)
+        return np.stack(images) if images else np.empty(shape, np.uint8)  # a process's share of a small batch
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.interflow import Interflow, InterflowOutput, Normalize
+from training import distributed
 from training.augment import Draws, augment
 from training.data import ImageData
 from training.recipe import Recipe
@@ -25,6 +26,9 @@ EAGER_STEPS = 3
 
 class Step:
     """A network's training step, and the state that it carries beside the network's.
+
+    Where several processes train together, each takes its share of every batch, and what is left behind, totals
+    included, is the same in all of them.
 
     Args:
         network: on `device`.
@@ -48,20 +52,23 @@ class Step:
             nesterov=recipe.nesterov,
             fused=True,
         )
+        self._model = distributed.data_parallel(network, device)
         self.totals = torch.zeros(3 + len(network.stages), dtype=torch.float64, device=device)
         self._images = data.train.images if isinstance(data.train.images, Tensor) else None
         self._labels = data.train.labels.to(device)
         self._normalize = Normalize(data.spec.mean, data.spec.std).to(device)
         self._fill = torch.tensor([round(255 * mean) for mean in data.spec.mean], dtype=torch.uint8, device=device)
         self._class_weights = class_weights(data.train.labels).to(device) if recipe.balance == "loss" else None
-        self._loss = torch.compile(self._forward) if recipe.compile else self._forward
+        # Several processes take plain steps: with the messages between them, neither of the two is tested.
+        alone = not distributed.several()
+        self._loss = torch.compile(self._forward) if recipe.compile and alone else self._forward
         self._average = [tensor.clone() for tensor in self._floating()] if recipe.ema else None
         self._live: list[Tensor] = []
         self._decay = 1 - 1 / max(1.0, recipe.ema * steps)
         # Of the epoch: draws and rates by step, and the step that comes next.
         self._draws = self._rates = torch.empty(0)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._use_graph = recipe.cuda_graph and device.type == "cuda" and self._images is not None
+        self._use_graph = recipe.cuda_graph and device.type == "cuda" and self._images is not None and alone
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps = 0
 
@@ -85,7 +92,7 @@ class Step:
 
         Args:
             step: one more than the last call's.
-            images: uint8 (N, height, width, channels), where they are not all in memory.
+            images: uint8 (N, height, width, channels), this process's share, where they are not all in memory.
         """
         size = self.recipe.batch_size
         rows = self._draws[step * size : (step + 1) * size]
@@ -140,7 +147,7 @@ class Step:
 
     def _train(self, rows: Tensor, rate: Tensor, images: Tensor | None = None) -> None:
         """The step itself, without a word from the host to the device or back."""
-        draws = Draws(*rows.unbind(1))
+        draws = Draws(*distributed.share(rows).unbind(1))
         labels = self._labels[draws.image]
         if self._images is not None:
             images = self._images[draws.image]
@@ -150,22 +157,35 @@ class Step:
             group["lr"].copy_(rate * group["factor"])
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            loss, logits, stages = self._loss(inputs, labels)
+            loss, logits, stages = self._loss(inputs, labels, self._divisor(rows))
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             right = (logits.argmax(dim=1) == labels).sum()
             stages_right = (stages.argmax(dim=2) == labels[:, None]).sum(dim=0)
             count = torch.full((), len(labels), device=self.device)
-            self.totals += torch.stack([count, loss.double() * len(labels), right, *stages_right])
+            summed_loss = loss.double() * (len(rows) / distributed.size())
+            self.totals += distributed.summed(torch.stack([count, summed_loss, right, *stages_right]))
             if self._average is not None:
                 torch._foreach_lerp_(self._average, self._floating(), 1 - self._decay)
         self._position += 1
 
-    def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _divisor(self, rows: Tensor) -> Tensor | None:
+        """What a process divides its share's summed loss by, so that the mean over the processes is the batch's loss.
+
+        None where one process has the whole batch and takes the mean itself.
+        """
+        if not distributed.several():
+            return None
+        weights = torch.ones(len(rows), device=self.device)
+        if self._class_weights is not None:
+            weights = self._class_weights[self._labels[Draws(*rows.unbind(1)).image]]
+        return weights.sum() / distributed.size()
+
+    def _forward(self, inputs: Tensor, labels: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (N, channels, height, width) to the loss, logits (N, K) and contributions (N, B, K)."""
-        output: InterflowOutput = self.network(inputs)
-        loss = training_loss(output, labels, self.recipe, self._class_weights)
+        output: InterflowOutput = self._model(inputs)
+        loss = training_loss(output, labels, self.recipe, self._class_weights, divisor)
         return loss, output.logits, output.branch_weights * output.branch_logits
 
     def _floating(self) -> list[Tensor]:
@@ -212,7 +232,11 @@ def class_weights(labels: Tensor) -> Tensor:
 
 
 def training_loss(
-    output: InterflowOutput, labels: Tensor, recipe: Recipe, class_weights: Tensor | None = None
+    output: InterflowOutput,
+    labels: Tensor,
+    recipe: Recipe,
+    class_weights: Tensor | None = None,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy on the fused logits (the paper's), plus `auxiliary_loss` times its mean over the contributions.
 
@@ -223,12 +247,17 @@ def training_loss(
         labels: (N,) class indices.
         recipe: says how much the second counts, and how smooth the labels are.
         class_weights: (K,), or None where every image counts the same.
+        divisor: of the sum over the images, which need not be a whole batch; None for their own weight: the mean.
     """
-    smoothing = recipe.label_smoothing
-    loss = functional.cross_entropy(output.logits, labels, class_weights, label_smoothing=smoothing)
+    reduction, smoothing = "mean" if divisor is None else "sum", recipe.label_smoothing
+    loss = functional.cross_entropy(
+        output.logits, labels, class_weights, reduction=reduction, label_smoothing=smoothing
+    )
     if recipe.auxiliary_loss:
+        branches = output.branch_logits.shape[1]
         stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
-        repeated = labels.repeat_interleave(output.branch_logits.shape[1])
-        auxiliary = functional.cross_entropy(stages, repeated, class_weights, label_smoothing=smoothing)
-        loss = loss + recipe.auxiliary_loss * auxiliary
-    return loss
+        auxiliary = functional.cross_entropy(
+            stages, labels.repeat_interleave(branches), class_weights, reduction=reduction, label_smoothing=smoothing
+        )
+        loss = loss + recipe.auxiliary_loss * (auxiliary if divisor is None else auxiliary / branches)
+    return loss if divisor is None else loss / divisor

@@ -1,18 +1,22 @@
-"""Train a network: `python training/train.py --help`."""
+"""Train a network: `python training/train.py --help`.
+
+On several GPUs: `torchrun --nproc-per-node 8 training/train.py`, with the same options.
+"""
 
 import argparse
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model.backbones.backbone import Normalization
-from model.contract import InputSpec, ModelCard
+from model.contract import InputSpec, InterflowError, ModelCard
 from model.interflow import Interflow
 from model.registry import create_model
-from training import cli
+from training import cli, distributed
 from training.data import ImageData, input_spec, load_data
 from training.finish import finish
 from training.loop import StoppedError, choose_device, train
@@ -23,8 +27,39 @@ CLASSES_SHOWN = 10
 """At the end of training, those of lowest recall; the card has all."""
 
 
+class Plan(NamedTuple):
+    """What every process that takes part in a run must know."""
+
+    recipe: Recipe
+    data: ImageData
+    folder: Path
+    device: str
+    """Its kind: cpu or cuda."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Train, fit and measure one run; returns the exit status."""
+    """Train, fit and measure one run, in this process or as one of those that torchrun started.
+
+    Returns the exit status.
+    """
+    with distributed.joined(), ExitStack() as held:
+        begun = begin(arguments, held) if distributed.first() else None
+        plan = distributed.from_first(lambda: begun and begun[1])
+        if plan is None:
+            return 0
+        # Of the others, the first has the weights: also those that it was to start from.
+        network = begun[0] if begun else build_network(plan.recipe, len(plan.data.classes), plan.data.spec, begun=True)
+        return _train(network, plan.data, plan.recipe, Run(plan.folder), choose_device(plan.device))
+
+
+def begin(arguments: list[str] | None, held: ExitStack) -> tuple[Interflow, Plan] | None:
+    """Everything that can be refused before training, and then the run's folder, locked while `held` is.
+
+    Returns None where the run is finished already.
+
+    Raises:
+        InterflowError: of recipe, network, data or folder, which is refused.
+    """
     parser = argparse.ArgumentParser(
         description="Train a network with a prediction branch per stage, fused by attention (Interflow). "
         "Without arguments: handwritten digits, in about a minute on two CPU cores."
@@ -38,44 +73,77 @@ def main(arguments: list[str] | None = None) -> int:
 
     if resume and (options or out or named):
         parser.error("--resume goes on with the run's own recipe; give no other option")
-    with ExitStack() as held:
-        if resume and Run(resume).card.is_file():
-            print(f"{resume} is finished already.")
-            return 0
-        if resume:
-            run = held.enter_context(Run.open(resume))
-            recipe = load_recipe(run.recipe)
-        else:
-            recipe = resolve_recipe(named, options)
-            folder = choose_folder(out, recipe)
-        device = choose_device(recipe.device)
-        begun = resume is not None and run.checkpoint.is_file()  # it holds the weights, whatever they began as
-        network = build_network(recipe, 2, input_spec(recipe), begun)  # refuses now what else it would after the data
-        recipe = with_normalization(recipe, network.backbone.normalization)
-        print(recipe.to_yaml())
-        data = load_data(recipe)
-        network = build_network(recipe, len(data.classes), data.spec, begun)
-        if not resume:  # now that nothing is left to refuse
-            run = held.enter_context(Run.create(folder, recipe))
-        return _train(network, data, recipe, run, device)
+    if resume and Run(resume).card.is_file():
+        print(f"{resume} is finished already.")
+        return None
+    if resume:
+        run = held.enter_context(Run.open(resume))
+        recipe = load_recipe(run.recipe)
+    else:
+        recipe = resolve_recipe(named, options)
+        folder = choose_folder(out, recipe)
+    device = choose_device(recipe.device)
+    begun = resume is not None and run.checkpoint.is_file()  # it holds the weights, whatever they began as
+    network = build_network(recipe, 2, input_spec(recipe), begun)  # refuses now what else it would after the data
+    recipe = with_normalization(recipe, network.backbone.normalization)
+    print(recipe.to_yaml())
+    data = load_data(recipe)
+    network = build_network(recipe, len(data.classes), data.spec, begun)
+    require_images_for_all(network, data, recipe)
+    if not resume:  # now that nothing is left to refuse
+        run = held.enter_context(Run.create(folder, recipe))
+    _announce(network, data, recipe, device)
+    return network, Plan(recipe, data, run.folder, device.type)
 
 
-def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> int:
-    held_out = len(data.val) if data.val else 0
+def require_images_for_all(network: Interflow, data: ImageData, recipe: Recipe) -> None:
+    """Refuse more processes than a batch has images, and for some networks (of timm), than the last batch has.
+
+    Raises:
+        InterflowError: there are more.
+    """
+    count = distributed.size()
+    if recipe.batch_size < count:
+        raise InterflowError(
+            f"batch_size {recipe.batch_size} for {count} processes: each is to have an image of every batch; "
+            "start fewer processes."
+        )
+    if 1 < (last := len(data.train) % recipe.batch_size) < count:
+        try:
+            with torch.no_grad():
+                network.eval()(torch.empty(0, data.spec.channels, *data.size))
+        except RuntimeError as error:
+            raise InterflowError(
+                f"the last batch of an epoch has {last} images for {count} processes, and {recipe.backbone} does not "
+                "take a batch of none; start fewer processes, or another number of them with another --batch-size."
+            ) from error
+
+
+def _announce(network: Interflow, data: ImageData, recipe: Recipe, device: torch.device) -> None:
+    held_out, processes = len(data.val) if data.val else 0, distributed.size()
     print(
         f"{data.name}: {len(data.train)} images to train on, {held_out} held out, {len(data.test)} for test, "
         f"{len(data.classes)} classes; {sum(p.numel() for p in network.parameters()):,} parameters on {device}"
+        + (f", {processes} processes" if processes > 1 else "")
     )
     if recipe.schedule == "step" and recipe.drop_epochs >= recipe.epochs:
         print(f"note: all {recipe.epochs} epochs are at a tenth of the rate; --drop-epochs says how many of the last.")
+    if processes > 1 and recipe.compile:
+        print("note: several processes do not compile; --compile is left out.")
+
+
+def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> int:
     try:
         train(network, data, recipe, run, device)
         card = finish(network, data, recipe, run)
     except (StoppedError, KeyboardInterrupt):
-        print(f"\nstopped; the state is saved. Go on with: {run.resume_command}")
+        if distributed.first():
+            again = " (or with torchrun, by any number of processes)" if distributed.several() else ""
+            print(f"\nstopped; the state is saved. Go on with: {run.resume_command}{again}")
         return cli.INTERRUPTED
-    print(summary(card))
-    print(f"finished: {run.folder}")
+    if card:
+        print(summary(card))
+        print(f"finished: {run.folder}")
     return 0
 
 
@@ -142,4 +210,4 @@ def summary(card: ModelCard) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, together=True)
