@@ -1,5 +1,6 @@
-"""What the entry points share: how a refusal or an interruption ends the process."""
+"""What the entry points share: a type of options, and how a refusal or an interruption ends the process."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -8,6 +9,13 @@ from training import distributed
 
 INTERRUPTED = 130
 """Exit status of a process stopped by Ctrl-C, by convention."""
+
+
+def count(text: str) -> int:
+    """A whole number from 1, as an option's type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
 
 
 def run(main: Callable[[], int | None], *, together: bool = False) -> None:

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         "the cut networks wins back; each is then a finished run of its own. The same command goes on where it stopped."
     )
     parser.add_argument("--run", type=Path, help="folder of the run; default: the newest finished one below runs/")
-    parser.add_argument("--fine-tune", type=_count, metavar="EPOCHS", help="also train the cut networks for so long")
+    parser.add_argument("--fine-tune", type=cli.count, metavar="EPOCHS", help="also train the cut networks for so long")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="fine-tune the cuts behind these only")
     parser.add_argument(
         "--tolerance",
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=TOLERANCE,
         help=f"points of held-out accuracy that a shorter network may lose (default: {TOLERANCE})",
     )
-    parser.add_argument("--threads", type=_count, default=1, help="of onnxruntime, for the timings (default: 1)")
+    parser.add_argument("--threads", type=cli.count, default=1, help="of onnxruntime, for the timings (default: 1)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"where table and picture go (default: {RESULTS})")
     options = parser.parse_args(arguments)
     if options.stages and not options.fine_tune:
@@ -301,13 +301,6 @@ def _fine_tuned_row(plan: Plan, trained: Trained, table: DepthTable) -> Row:
 def _with(table: DepthTable, row: Row) -> DepthTable:
     place = next(i for i, other in enumerate(table.rows) if other.stage == row.stage)
     return replace(table, rows=[*table.rows[: place + 1], row, *table.rows[place + 1 :]])
-
-
-def _count(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

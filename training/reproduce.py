@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"with {UNFINISHED} where some are left, with {cli.INTERRUPTED} after Ctrl-C."
     )
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=_count, default=3, help="runs of every row, with the seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=cli.count, default=3, help="runs of every row, with the seeds 0, 1, ...")
     parser.add_argument("--methods", nargs="+", metavar="ROW", help="train these rows only; the table shows all")
-    parser.add_argument("--jobs", type=_count, help=f"runs side by side; 1 on a CPU, {JOBS_ON_CUDA} on CUDA")
+    parser.add_argument("--jobs", type=cli.count, help=f"runs side by side; 1 on a CPU, {JOBS_ON_CUDA} on CUDA")
     parser.add_argument(
         "--limit-minutes",
         type=float,
@@ -144,13 +144,6 @@ def _running_mean(results: Results, cell: Cell) -> str:
         return what
     spread = "" if row.deviation is None else f", standard deviation {row.deviation:.2f}"
     return f"{what} (mean of {len(row.accuracies)}: {row.mean:.2f} %{spread})"
-
-
-def _count(text: str) -> int:
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

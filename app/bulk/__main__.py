@@ -95,15 +95,17 @@ _OF_SETTINGS = ("exports", "model", "provider", "max_bytes", "max_pixels", "max_
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise ValueError
-    return number
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least}")
+    return int(text)
 
 
 if __name__ == "__main__":
