@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model.contract import METADATA_KEY, InterflowError
-from training import distributed
+from training import ranks
 from training.files import replacing
 
 _NETWORK, _OPTIMIZER, _RANDOM, _CUDA_RANDOM, _STATE = "network.", "optimizer.", "random.cpu", "random.cuda", "state."
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, network: nn.Module, optimizer: Optimizer, state:
     Raises:
         InterflowError: not a checkpoint, or one of another network.
     """
-    progress, tensors = distributed.from_first(lambda: _read(path))
+    progress, tensors = ranks.from_first(lambda: _read(path))
     _load_network(path, network, tensors)
     for name, parameter in network.named_parameters():
         prefix = f"{_OPTIMIZER}{name}:"

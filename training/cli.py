@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from model.contract import InterflowError
-from training import distributed
+from training import ranks
 
 INTERRUPTED = 130
 """Exit status of a process stopped by Ctrl-C, by convention."""
@@ -25,8 +25,8 @@ def run(main: Callable[[], int | None], *, together: bool = False) -> None:
         main: the command.
         together: whether several processes can do it, started by torchrun. Where they cannot, one says so.
     """
-    if distributed.launched() > 1 and not together:
-        sys.exit("error: torchrun is for training/train.py; start this with python." if distributed.first() else 0)
+    if ranks.launched() > 1 and not together:
+        sys.exit("error: torchrun is for training/train.py; start this with python." if ranks.first() else 0)
     try:
         sys.exit(main() or 0)
     except InterflowError as error:
@@ -34,17 +34,17 @@ def run(main: Callable[[], int | None], *, together: bool = False) -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         refusal = f"{error.filename}: {error.strerror}." if error.filename else f"{error}."
     except (MemoryError, RuntimeError) as error:
-        if distributed.lost(error):
-            refusal = distributed.OTHER_ENDED
+        if ranks.lost(error):
+            refusal = ranks.OTHER_ENDED
         elif "memory" in str(error) or isinstance(error, MemoryError):
             refusal = "out of memory; lower --batch-size, --image-size or --width."
         else:
             raise
     except KeyboardInterrupt:
-        if distributed.first():
+        if ranks.first():
             print("interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     refusal = f"error: {' '.join(refusal.split())}"
-    if distributed.several():
-        distributed.fail(refusal)
+    if ranks.several():
+        ranks.fail(refusal)
     sys.exit(refusal)

@@ -9,7 +9,7 @@ import torch
 
 from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, ModelCard, Provenance, StageInfo
 from model.interflow import Interflow, InterflowOutput
-from training import calibration, distributed
+from training import calibration, ranks
 from training.checkpoint import weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
@@ -30,7 +30,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     """
     held_out = predict(network, data, data.val or data.train, recipe)
     test = predict(network, data, data.test, recipe)
-    if not distributed.first():
+    if not ranks.first():
         return None
     output = _one_pass(network, data)
     work = stage_work(network, data.spec)

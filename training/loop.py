@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from model.contract import InterflowError
 from model.interflow import Interflow, Normalize
-from training import distributed
+from training import ranks
 from training.augment import draw_epoch
 from training.calibration import Predictions, branch_accuracy, held_out_figures
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -55,7 +55,7 @@ def choose_device(name: str) -> torch.device:
         raise InterflowError("device cuda: torch finds no CUDA device; give --device cpu, or auto.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return distributed.choose_cuda() if name == "cuda" else torch.device(name)
+    return ranks.choose_cuda() if name == "cuda" else torch.device(name)
 
 
 def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device: torch.device) -> None:
@@ -69,7 +69,7 @@ def train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device:
         InterflowError: the loss is no longer finite (the last good checkpoint is kept), or the data changed.
     """
     with stop_signals() as stop:
-        for _ in Training(network, data, recipe, run, device, stop=stop, quiet=not distributed.first()).steps():
+        for _ in Training(network, data, recipe, run, device, stop=stop, quiet=not ranks.first()).steps():
             pass
 
 
@@ -85,14 +85,14 @@ def predict(network: Interflow, data: ImageData, split: Split, recipe: Recipe) -
     device = next(network.parameters()).device
     normalize = Normalize(data.spec.mean, data.spec.std).to(device)
     network.eval()
-    share = distributed.share(torch.arange(len(split)))
+    share = ranks.share(torch.arange(len(split)))
     order = share.split(min(EVALUATION_BATCH, 4 * recipe.batch_size)) if len(share) else []
     outputs = [torch.empty(0, len(network.stages), network.num_classes)]
     outputs += (
         network(normalize(images.to(device))).branch_logits.float().cpu()
-        for images, _ in split.batches(order, distributed.workers(recipe.workers))
+        for images, _ in split.batches(order, ranks.workers(recipe.workers))
     )
-    branch_logits = distributed.put_together(torch.cat(outputs), len(split))
+    branch_logits = ranks.put_together(torch.cat(outputs), len(split))
     if not branch_logits.isfinite().all():
         raise NotFiniteError("the network gives numbers that are not finite; train again with a lower --lr.")
     weights = network.attention.matrix().detach().float().cpu()
@@ -132,11 +132,11 @@ class Training:
         self.epoch, self.step = 0, 0
         self.rows: list[Row] = []
         self.saved_at, self.saving_takes = time.monotonic(), 0.0
-        if distributed.from_first(run.checkpoint.is_file):
+        if ranks.from_first(run.checkpoint.is_file):
             self._resume()
-        distributed.seed(recipe.seed, self.epoch, self.step)
+        ranks.seed(recipe.seed, self.epoch, self.step)
         self.stream: torch.cuda.Stream | None = None
-        if device.type == "cuda" and not distributed.several():
+        if device.type == "cuda" and not ranks.several():
             torch.cuda.synchronize()  # all so far was done on another stream
             self.stream = torch.cuda.Stream()
 
@@ -182,7 +182,7 @@ class Training:
             self.stream.synchronize()
 
     def _writer(self) -> AbstractContextManager[SummaryWriter | None]:
-        if not distributed.first():
+        if not ranks.first():
             return nullcontext()
         return SummaryWriter(str(self.run.tensorboard), purge_step=self.epoch + 1)
 
@@ -203,7 +203,7 @@ class Training:
                 self.state.take(self.step, images)
                 self.step += 1
                 bar.update()
-                if time.monotonic() - shown > SHOW_EVERY_S and distributed.first():
+                if time.monotonic() - shown > SHOW_EVERY_S and ranks.first():
                     self._require_finite()
                     bar.set_postfix(loss=f"{self._mean(1):.3f}", accuracy=f"{self._mean(2):.1%}")
                     shown = time.monotonic()
@@ -220,8 +220,8 @@ class Training:
         order = list(index.split(self.recipe.batch_size))[self.step : self.steps_per_epoch]
         images: Iterator[Tensor | None] = iter([None] * len(order))
         if not isinstance(self.data.train.images, Tensor):
-            shares = [distributed.share(indices) for indices in order]
-            batches = self.data.train.batches(shares, distributed.workers(self.recipe.workers))
+            shares = [ranks.share(indices) for indices in order]
+            batches = self.data.train.batches(shares, ranks.workers(self.recipe.workers))
             images = (of_step for of_step, _ in batches)
         for last in [False] * len(order) + [True]:
             of_step, problem = None, None
@@ -241,10 +241,10 @@ class Training:
         Raises:
             InterflowError: none was, and this one has a problem, or another has.
         """
-        asked, failed = distributed.any_of(bool(self.stop), problem is not None)
+        asked, failed = ranks.any_of(bool(self.stop), problem is not None)
         if asked or not failed:
             return asked
-        raise problem or InterflowError(distributed.OTHER_ENDED)
+        raise problem or InterflowError(ranks.OTHER_ENDED)
 
     def _mean(self, index: int) -> float:
         return float(self.state.totals[index] / self.state.totals[0])
@@ -303,7 +303,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state as it is to the run's checkpoint; it is the same in all processes, and one writes it."""
-        if not distributed.first():
+        if not ranks.first():
             return
         if self.step:
             self._require_finite()
@@ -324,7 +324,7 @@ class Training:
                 f"{self.run.folder}: the images are not those the run began with; put them back, or begin a new run."
             )
         self.epoch, self.step = progress.epoch, progress.step
-        self.rows = distributed.from_first(self._history)
+        self.rows = ranks.from_first(self._history)
         if not self.quiet:
             print(f"resuming {self.run.folder} at epoch {self.epoch + 1}, step {self.step + 1}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.interflow import Interflow, InterflowOutput, Normalize
-from training import distributed
+from training import ranks
 from training.augment import Draws, augment
 from training.data import ImageData
 from training.recipe import Recipe
@@ -52,7 +52,7 @@ class Step:
             nesterov=recipe.nesterov,
             fused=True,
         )
-        self._model = distributed.data_parallel(network, device)
+        self._model = ranks.data_parallel(network, device)
         self.totals = torch.zeros(3 + len(network.stages), dtype=torch.float64, device=device)
         self._images = data.train.images if isinstance(data.train.images, Tensor) else None
         self._labels = data.train.labels.to(device)
@@ -60,7 +60,7 @@ class Step:
         self._fill = torch.tensor([round(255 * mean) for mean in data.spec.mean], dtype=torch.uint8, device=device)
         self._class_weights = class_weights(data.train.labels).to(device) if recipe.balance == "loss" else None
         # Several processes take plain steps: with the messages between them, neither of the two is tested.
-        alone = not distributed.several()
+        alone = not ranks.several()
         self._loss = torch.compile(self._forward) if recipe.compile and alone else self._forward
         self._average = [tensor.clone() for tensor in self._floating()] if recipe.ema else None
         self._live: list[Tensor] = []
@@ -147,7 +147,7 @@ class Step:
 
     def _train(self, rows: Tensor, rate: Tensor, images: Tensor | None = None) -> None:
         """The step itself, without a word from the host to the device or back."""
-        draws = Draws(*distributed.share(rows).unbind(1))
+        draws = Draws(*ranks.share(rows).unbind(1))
         labels = self._labels[draws.image]
         if self._images is not None:
             images = self._images[draws.image]
@@ -164,8 +164,8 @@ class Step:
             right = (logits.argmax(dim=1) == labels).sum()
             stages_right = (stages.argmax(dim=2) == labels[:, None]).sum(dim=0)
             count = torch.full((), len(labels), device=self.device)
-            summed_loss = loss.double() * (len(rows) / distributed.size())
-            self.totals += distributed.summed(torch.stack([count, summed_loss, right, *stages_right]))
+            summed_loss = loss.double() * (len(rows) / ranks.size())
+            self.totals += ranks.summed(torch.stack([count, summed_loss, right, *stages_right]))
             if self._average is not None:
                 torch._foreach_lerp_(self._average, self._floating(), 1 - self._decay)
         self._position += 1
@@ -175,12 +175,12 @@ class Step:
 
         None where one process has the whole batch and takes the mean itself.
         """
-        if not distributed.several():
+        if not ranks.several():
             return None
         weights = torch.ones(len(rows), device=self.device)
         if self._class_weights is not None:
             weights = self._class_weights[self._labels[Draws(*rows.unbind(1)).image]]
-        return weights.sum() / distributed.size()
+        return weights.sum() / ranks.size()
 
     def _forward(self, inputs: Tensor, labels: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (N, channels, height, width) to the loss, logits (N, K) and contributions (N, B, K)."""

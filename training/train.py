@@ -16,7 +16,7 @@ from model.backbones.backbone import Normalization
 from model.contract import InputSpec, InterflowError, ModelCard
 from model.interflow import Interflow
 from model.registry import create_model
-from training import cli, distributed
+from training import cli, ranks
 from training.data import ImageData, input_spec, load_data
 from training.finish import finish
 from training.loop import StoppedError, choose_device, train
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns the exit status.
     """
-    with distributed.joined(), ExitStack() as held:
-        begun = begin(arguments, held) if distributed.first() else None
-        plan = distributed.from_first(lambda: begun and begun[1])
+    with ranks.joined(), ExitStack() as held:
+        begun = begin(arguments, held) if ranks.first() else None
+        plan = ranks.from_first(lambda: begun and begun[1])
         if plan is None:
             return 0
         # Of the others, the first has the weights: also those that it was to start from.
@@ -102,7 +102,7 @@ def require_images_for_all(network: Interflow, data: ImageData, recipe: Recipe) 
     Raises:
         InterflowError: there are more.
     """
-    count = distributed.size()
+    count = ranks.size()
     if recipe.batch_size < count:
         raise InterflowError(
             f"batch_size {recipe.batch_size} for {count} processes: each is to have an image of every batch; "
@@ -120,7 +120,7 @@ def require_images_for_all(network: Interflow, data: ImageData, recipe: Recipe) 
 
 
 def _announce(network: Interflow, data: ImageData, recipe: Recipe, device: torch.device) -> None:
-    held_out, processes = len(data.val) if data.val else 0, distributed.size()
+    held_out, processes = len(data.val) if data.val else 0, ranks.size()
     print(
         f"{data.name}: {len(data.train)} images to train on, {held_out} held out, {len(data.test)} for test, "
         f"{len(data.classes)} classes; {sum(p.numel() for p in network.parameters()):,} parameters on {device}"
@@ -137,8 +137,8 @@ def _train(network: Interflow, data: ImageData, recipe: Recipe, run: Run, device
         train(network, data, recipe, run, device)
         card = finish(network, data, recipe, run)
     except (StoppedError, KeyboardInterrupt):
-        if distributed.first():
-            again = " (or with torchrun, by any number of processes)" if distributed.several() else ""
+        if ranks.first():
+            again = " (or with torchrun, by any number of processes)" if ranks.several() else ""
             print(f"\nstopped; the state is saved. Go on with: {run.resume_command}{again}")
         return cli.INTERRUPTED
     if card:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from training import cli, distributed
+from training import cli, ranks
 from training import step as step_module
 from training.train import main
 
@@ -180,13 +180,13 @@ def test_what_cannot_be_done_together_is_said_once(script, arguments, said, tmp_
 
 
 def test_shares_cover_a_batch_in_order_and_differ_by_one_at_most(monkeypatch):
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(ranks, "several", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 3)
     for count in (0, 1, 2, 3, 64, 65, 66):
         shares = []
         for rank in range(3):
-            monkeypatch.setattr(distributed.dist, "get_rank", lambda rank=rank: rank)
-            shares.append(distributed.share(torch.arange(count)))
+            monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
+            shares.append(ranks.share(torch.arange(count)))
         assert torch.cat(shares).tolist() == list(range(count))
         assert np.ptp([len(share) for share in shares]) <= 1
 
@@ -194,8 +194,8 @@ def test_shares_cover_a_batch_in_order_and_differ_by_one_at_most(monkeypatch):
 def test_a_process_alone_is_all_there_is():
     rows = torch.arange(3)
     network = torch.nn.Linear(2, 2)
-    assert distributed.size() == 1
-    assert distributed.first()
-    assert distributed.share(rows) is distributed.summed(rows) is distributed.put_together(rows, 3) is rows
-    assert distributed.data_parallel(network, torch.device("cpu")) is network
-    assert distributed.workers(5) == 5
+    assert ranks.size() == 1
+    assert ranks.first()
+    assert ranks.share(rows) is ranks.summed(rows) is ranks.put_together(rows, 3) is rows
+    assert ranks.data_parallel(network, torch.device("cpu")) is network
+    assert ranks.workers(5) == 5
