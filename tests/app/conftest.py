@@ -248,7 +248,9 @@ def _serve(app: FastAPI) -> Iterator[httpx2.Client]:
     """A uvicorn server in a thread, and a client that speaks real HTTP to it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        server = Server(app, getattr(app.state, "settings", Settings()))
+        # others of this process must outlive a GPU that a test loses
+        stays = {"cuda_lost": "stay"}
+        server = Server(app, getattr(app.state, "settings", Settings()).model_copy(update=stays))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while thread.is_alive() and not server.started:
