@@ -452,6 +452,7 @@ def children(process):
     return [int(pid) for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(many, tmp_path):
     out = tmp_path / "out"
     run = begin(many / "in", out, "--processes", "2")
