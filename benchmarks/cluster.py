@@ -82,6 +82,7 @@ def ray_serve(exports: Path, model: str, proxy: str, replicas: int, sockets: Pat
         settings = {"EXPORTS": exports, "MODEL": model, "LOG_LEVEL": "warning", "PROVIDER": "cpu"}
         environment = {f"INTERFLOW_{name}": str(value) for name, value in settings.items()}
         environment |= {
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the environment is here already
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.cluster_proxy:middlewares",
             "RAY_worker_niceness": "0",  # as the plain server; else 15
             "RAY_raylet_start_wait_time_s": "100",

@@ -5,6 +5,7 @@ The folder of the model, INPUT and OUT must be reachable from every node by the 
 
 import importlib
 import logging
+import os
 import signal
 from collections.abc import Generator
 from typing import Any
@@ -64,6 +65,8 @@ def score_on_ray(
         InterflowError: as `Scorer`.
     """
     assert plan.listed is not None, "the listing is finished"  # noqa: S101 - whoever asks listed it
+    # under `uv run` Ray would start every actor by it, too, in a copy of this folder and with an environment of its own
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         ray = importlib.import_module("ray")
         data = importlib.import_module("ray.data")

@@ -88,6 +88,7 @@ def ray_cluster(bundled, only_bundled, tmp_path_factory):
         port = probe.getsockname()[1]
     given = {"port": port, "digits": only_bundled, "both": both, "two": two, "state": state}
     environment = os.environ | {
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the environment is here already
         "PYTHONPATH": str(ROOT),
         "INTERFLOW_BODY_TIMEOUT_S": str(PATIENCE_S),
         "RAY_SERVE_LOG_TO_STDERR": "0",
