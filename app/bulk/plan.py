@@ -204,4 +204,7 @@ def alone(output: Output) -> Iterator[None]:
         except OSError as error:
             raise PlanError(f"another run works in {folder}. Wait for it, or end it.") from error
         output.sweep()
-        yield
+        try:
+            yield
+        finally:
+            output.sweep()  # after a worker that was killed, too
