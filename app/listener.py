@@ -1,5 +1,6 @@
 """The socket that the server listens on: claimed before anything that takes long, closed with an empty queue."""
 
+import contextlib
 import ctypes
 import errno
 import socket
@@ -57,13 +58,14 @@ def turn_away(listener: socket.socket) -> None:
 
     Whatever is in a listener's queue when it closes is reset, though the client was told that it is connected. So it
     is emptied first, which ends only if nothing more comes in: the kernel drops packets that open a connection, and a
-    client's kernel tries again after a second, when the address is closed or another server's. Linux only.
+    client's kernel tries again after a second, when the address is closed or another server's. Linux only; where a
+    sandbox has no such filter, who connects in the very moment of the end may be reset.
     """
     if sys.platform == "linux":
         program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
-        listener.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(NO_SYN), ctypes.addressof(program))
-        )
+        described = struct.pack("HP", len(NO_SYN), ctypes.addressof(program))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, described)
 
 
 def url(listener: socket.socket) -> str:
