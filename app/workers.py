@@ -70,11 +70,15 @@ class _Parent:
         """Until a signal; whether every worker then drained."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._end, number)
+        keepers = [asyncio.create_task(self._keep(number)) for number in range(1, self._settings.workers + 1)]
         try:
-            return all(await asyncio.gather(*map(self._keep, range(1, self._settings.workers + 1))))
+            return all(await asyncio.gather(*keepers))
         finally:
-            for process in self._running:  # of a start that failed
-                process.kill()
+            for keeper in keepers:  # of a start that failed; otherwise they have ended
+                keeper.cancel()
+            await asyncio.wait(keepers)
+            self._kill()
+            await asyncio.gather(*map(_ended, self._running))
 
     async def _keep(self, number: int) -> bool:
         """Run one worker, and another in its place when it dies, until the end; whether it drained then."""
@@ -122,7 +126,7 @@ class _Parent:
         if word == "ready":
             self._serving.add(number)
             self._greet(text)
-        code = await process.wait()
+        code = await _ended(process)
         self._running.discard(process)
         self._serving.discard(number)
         mark_process_dead(process.pid, str(self._shared / "metrics"))
@@ -156,6 +160,13 @@ class _Parent:
         for process in self._running:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """Its exit code, once it and its pipe have ended: one still open when the loop closes leaves a traceback behind."""
+    if process.stdout:
+        await process.stdout.read()
+    return await process.wait()
 
 
 def main() -> None:

@@ -135,6 +135,20 @@ def test_a_model_that_cannot_be_loaded_is_said_once_and_ends_the_start(start, ar
     assert "Traceback" not in errors
 
 
+def test_a_start_that_fails_waits_for_workers_that_do_not_answer(start, artefact):
+    """One of them hangs, so it is still running when another says that it cannot start."""
+    model = artefact / "model.onnx"
+    model.write_bytes(model.read_bytes()[:100_000])
+    process = start("--workers", "2", exports=artefact.parents[1])
+    while not (pids := children(process)) or b"app.workers" not in Path(f"/proc/{pids[0]}/cmdline").read_bytes():
+        time.sleep(0.005)
+    os.kill(pids[0], signal.SIGSTOP)
+    code, _, errors = finish(process)
+    assert code == 1
+    assert "Traceback" not in errors
+    wait_until_gone(pids)
+
+
 def test_a_replacement_that_cannot_start_does_not_end_the_others(workers, artefact):
     process, ask = workers(exports=artefact.parents[1])
     (artefact / "model.onnx").unlink()
