@@ -8,7 +8,6 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 
-from app.cpus import be_nice
 from app.errors import DeadlineError, QueueFullError
 from model.contract import InputSpec
 from model.images import input_of, open_image, read_input
@@ -27,11 +26,12 @@ class Decoders:
         workers: images decoded at a time.
         max_queue: images that may wait for that.
         max_pixels: allowed in one image.
-        niceness: of the threads, as `app.cpus.be_nice`.
     """
 
-    def __init__(self, workers: int, max_queue: int, max_pixels: int, niceness: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(workers, "decode", be_nice, (niceness,))
+    def __init__(self, workers: int, max_queue: int, max_pixels: int) -> None:
+        # not nice, as the lanes are: while images are decoded, those that are wait for each other and run as one batch.
+        # With 32 clients' photographs of a megapixel on 2 CPUs that gave 10 to 19 % more requests a second
+        self._pool = ThreadPoolExecutor(workers, "decode")
         self._workers = workers
         self._max_queue = max_queue
         self._inside = 0

@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         await manager.run(manager.follow)  # what the other workers were asked for before this one began
         Image.init()  # loads Pillow's formats now, rather than in the first request that needs one
         workers = given.decode_workers or usable_cpus(given.workers)
-        app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels, given.niceness)
+        app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels)
         sampling = asyncio.create_task(app.state.gauges.keep_sampling(app.state.repository))
         watching = asyncio.create_task(manager.watch())
         yield
