@@ -130,7 +130,10 @@ class Settings(BaseSettings):
         Field(ge=0, description="threads of one inference; 0: so many that all lanes use all CPUs, and one alone too"),
     ] = 0
     niceness: Annotated[
-        int, Field(ge=0, le=19, description="of the threads that run the network on the CPU: the rest of the server goes first")
+        int,
+        Field(
+            ge=0, le=19, description="of the threads that run the network on the CPU: the rest of the server goes first"
+        ),
     ] = 5
     spinning: Annotated[
         bool, Field(description="threads of an inference wait for work by burning their CPU; only where it is theirs")
