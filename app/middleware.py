@@ -7,6 +7,7 @@ import time
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.bodies import HeldBody
@@ -132,6 +133,9 @@ class RootPathMiddleware:
         """Handle one ASGI scope; all but HTTP passes through."""
         if scope["type"] == "http" and (prefix := scope["app"].state.settings.root_path):
             scope["root_path"] = prefix
+            if scope["path"] == prefix:  # the page's addresses are relative to the slash
+                await RedirectResponse(f"{prefix}/")(scope, receive, send)
+                return
             if not scope["path"].startswith(f"{prefix}/"):
                 scope["path"] = prefix + scope["path"]  # ASGI's form
         await self.app(scope, receive, send)

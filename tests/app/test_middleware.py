@@ -45,6 +45,12 @@ def test_a_path_prefix_may_be_cut_off_by_the_proxy_or_not(below, prefix):
     assert below.get(f"{prefix}/eyesight", headers=headers).status_code == 404
 
 
+def test_the_prefix_alone_leads_to_the_page(below):
+    answer = below.get("/eyes", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/eyes/")
+    assert "<html" in below.get("/eyes", follow_redirects=True).text
+
+
 def test_pages_of_the_origins_may_ask_and_others_may_not(below):
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
     answer = below.options("/predict", headers=preflight | {"Origin": "https://b.example"})
