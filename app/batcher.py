@@ -256,10 +256,11 @@ def _expire(asks: Sequence[_Ask]) -> None:
 
 
 def _joined(parts: Sequence[Inferred]) -> Inferred:
-    """The answer to a request that was run in parts."""
+    """The answer to a request that was run in parts: what was not the longest inference of them, it waited."""
+    inference_ms = max(part.inference_ms for part in parts)
     return Inferred(
         {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs},
-        max(part.queue_ms for part in parts),
-        max(part.inference_ms for part in parts),
+        max(part.queue_ms + part.inference_ms for part in parts) - inference_ms,
+        inference_ms,
         max(part.batch for part in parts),
     )

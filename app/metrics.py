@@ -38,7 +38,7 @@ REQUEST_SECONDS = Histogram(
 IN_FLIGHT = Gauge("interflow_requests_in_flight", "Requests that are being handled.", multiprocess_mode="livesum")
 STEP_SECONDS = Histogram(
     "interflow_step_seconds",
-    "Parts of an answer: decode, queue, inference, interpret, draw.",
+    "Parts of a request that was answered: decode, queue, inference, interpret, draw.",
     ["model", "step"],
     buckets=_SECONDS,
 )
@@ -107,7 +107,7 @@ def record_failed_batch(model: str, error: InferenceError) -> None:
 
 
 def record_steps(model: str, **ms: float) -> None:
-    """One answer's time went so, in milliseconds: `decode`, `queue`, `inference`, `interpret`, those that it had."""
+    """One request's time went so, in milliseconds: `decode`, `queue`, `inference`, `interpret`, those that it had."""
     for step, value in ms.items():
         _of_step(model, step).observe(value / 1e3)
 

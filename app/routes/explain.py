@@ -21,7 +21,7 @@ from app.repository import Repository
 from app.routes.models import ModelQuery
 from app.schemas import Interpretation
 from app.settings import Settings
-from app.telemetry import record_image
+from app.telemetry import record_answers
 from app.upload import REQUEST_BODY, read_image
 from model.contract import BRANCH_WEIGHTS, ModelCard, branch_map_name
 from model.explain import contribution_maps, density, fused_map
@@ -121,10 +121,10 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
 
         response = await decoders.run(draw, deadline=deadline)
         drawn = time.perf_counter()
-        record_image(
+        record_answers(
             request,
             model,
-            said,
+            [said],
             decode=1e3 * (decoded - received),
             queue=inferred.queue_ms,
             inference=inferred.inference_ms,

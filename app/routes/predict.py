@@ -31,7 +31,7 @@ from app.repository import LoadedModel, Repository
 from app.routes.models import ModelQuery
 from app.schemas import Answer, BatchAnswer, Interpretation, Problem, Timing
 from app.settings import Settings
-from app.telemetry import record_image
+from app.telemetry import record_answers
 from app.upload import BATCH_REQUEST_BODY, REQUEST_BODY, read_image, read_images, require_bytes
 from model.contract import InterflowError
 from model.images import ImageError, Seen, read_input_and_seen
@@ -133,8 +133,9 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
         decoded = time.perf_counter()
         wanted = model.interpreter.wanted(query.layers, query.explain == "maps")
         inferred = await model.inference.infer(image.pixels[np.newaxis], wanted, deadline, thresholds)
-        interpretation = await _interpret(request, model, query, inferred.outputs, image)
-        return _answer(request, model, interpretation, inferred, (received, decoded))
+        said = await _interpret(request, model, query, inferred.outputs, image)
+        _record(request, model, [said], [inferred], (received, decoded))
+        return _answer(request, model, said, inferred, (received, decoded))
 
     answer = await while_connected(request, ask())
     return Response(to_json(answer), media_type="application/json")
@@ -174,19 +175,24 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
         maps = query.explain == "maps"
         wanted = model.interpreter.wanted(query.layers, maps)
         answers: list[Answer | Problem] = []
+        interpretations: list[Interpretation] = []
+        parts: list[Inferred] = []
         # maps of many classes are large: no more at a time than run at a time
         step = model.runtime.max_batch if maps else max(1, len(images))
         for start in range(0, len(images), step):
             part = images[start : start + step]
             pixels = np.stack([image.pixels for image in part])
-            inferred = await model.inference.infer(pixels, wanted, deadline, thresholds)
+            parts.append(inferred := await model.inference.infer(pixels, wanted, deadline, thresholds))
             for place, image in enumerate(part):
                 try:
                     said = await _interpret(request, model, query, inferred.outputs, image, place=place)
+                    interpretations.append(said)
                     answers.append(_answer(request, model, said, inferred, (received, decoded)))
                 except InferenceError as error:
                     answers.append(problem_of(request, error))
                 await asyncio.sleep(0)  # others get their turn between two of many images
+        if parts:
+            _record(request, model, interpretations, parts, (received, decoded))
         own = iter(answers)
         return [next(own) if isinstance(decoding, Decoded) else problem_of(request, decoding) for decoding in decodings]
 
@@ -268,27 +274,35 @@ def _thresholds(request: Request, model: LoadedModel, query: PredictQuery) -> tu
 
 
 def _answer(
-    request: Request,
-    model: LoadedModel,
-    interpretation: Interpretation,
-    inferred: Inferred,
-    moments: tuple[float, float],
+    request: Request, model: LoadedModel, said: Interpretation, inferred: Inferred, moments: tuple[float, float]
 ) -> Answer:
-    """The answer to one image, which is counted, too; `moments`: when the body was read, and when it was decoded."""
+    """The answer to one image; `moments`: when the body was read, and when it was decoded."""
     received, decoded = moments
-    decode_ms, total_ms = 1e3 * (decoded - received), 1e3 * (time.perf_counter() - received)
-    record_image(
-        request,
-        model,
-        interpretation,
-        decode=decode_ms,
+    timing = Timing(
+        decode=1e3 * (decoded - received),
         queue=inferred.queue_ms,
         inference=inferred.inference_ms,
-        interpret=total_ms - decode_ms - inferred.queue_ms - inferred.inference_ms,
+        total=1e3 * (time.perf_counter() - received),
     )
-    return Answer(
-        request_id=request.state.request_id,
-        model=model.ref,
-        **interpretation,
-        timing_ms=Timing(decode=decode_ms, queue=inferred.queue_ms, inference=inferred.inference_ms, total=total_ms),
+    return Answer(request_id=request.state.request_id, model=model.ref, **said, timing_ms=timing)
+
+
+def _record(
+    request: Request,
+    model: LoadedModel,
+    said: Sequence[Interpretation],
+    parts: Sequence[Inferred],
+    moments: tuple[float, float],
+) -> None:
+    """Count a request whose images ran in parts, one after the other; `moments` as of `_answer`."""
+    received, decoded = moments
+    queue_ms, inference_ms = sum(part.queue_ms for part in parts), sum(part.inference_ms for part in parts)
+    record_answers(
+        request,
+        model,
+        said,
+        decode=1e3 * (decoded - received),
+        queue=queue_ms,
+        inference=inference_ms,
+        interpret=1e3 * (time.perf_counter() - decoded) - queue_ms - inference_ms,
     )

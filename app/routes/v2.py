@@ -32,7 +32,7 @@ from app.routes.health import is_ready
 from app.schemas import IndexEntry, ProtocolLive, ProtocolModel, ProtocolModelReady, ProtocolReady, ProtocolServer
 from app.security import WITH_KEY, require_management
 from app.settings import Settings
-from app.telemetry import record_image
+from app.telemetry import record_answers
 from app.versions import read_policy
 
 JSON_LENGTH = "Inference-Header-Content-Length"
@@ -190,7 +190,7 @@ async def infer(request: Request) -> Response:
     inferred = await while_connected(request, model.inference.infer(ask.images, ask.names, deadline))
     answer, json_bytes = write_answer(model.card, ask, inferred.outputs)
     decode_ms = 1e3 * (decoded - received)
-    record_image(request, model, decode=decode_ms, queue=inferred.queue_ms, inference=inferred.inference_ms)
+    record_answers(request, model, decode=decode_ms, queue=inferred.queue_ms, inference=inferred.inference_ms)
     if json_bytes == len(answer):
         return Response(answer, media_type="application/json")
     return Response(answer, headers={JSON_LENGTH: str(json_bytes)}, media_type="application/octet-stream")

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_steps_and_batches_are_timed(colours, told):
     for step in ("decode", "queue", "inference", "interpret"):
         assert added["interflow_step_seconds_count", "model=colours", f"step={step}"] == 2
         assert added["interflow_step_seconds_sum", "model=colours", f"step={step}"] > 0
+
+
+@pytest.mark.parametrize("query", ["", "?explain=maps"])
+def test_the_steps_of_a_large_batch_are_of_the_request_and_no_longer_than_it(digits, told, query):
+    """32 images run in several batches, which wait for each other, side by side or in turn."""
+    files = [("images", (f"{number}.png", IMAGE, "image/png")) for number in range(32)]
+    begun = time.perf_counter()
+    added = told(lambda: digits.post(f"/predict/batch{query}", files=files))
+    seconds = time.perf_counter() - begun
+    steps = [("model=digits", f"step={step}") for step in ("decode", "queue", "inference", "interpret")]
+    assert [added["interflow_step_seconds_count", *step] for step in steps] == [1] * 4
+    sums = [added["interflow_step_seconds_sum", *step] for step in steps]
+    assert min(sums) >= 0
+    assert sum(sums) <= seconds
+    assert added["interflow_answer_confidence_count", "model=digits"] == 32
 
 
 def test_a_served_models_batches_are_counted(digits, told):
