@@ -1,5 +1,6 @@
 """Around every request: its id, its line in the log and its count, its path's prefix, its body's time, and bad luck."""
 
+import asyncio
 import logging
 import random
 import re
@@ -11,7 +12,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.bodies import HeldBody
-from app.errors import SlowBodyError, problem
+from app.errors import DrainingError, SlowBodyError, problem, status_and_code
 from app.logs import FIELDS, request_id
 from app.metrics import record_request
 
@@ -108,6 +109,12 @@ class RequestIdMiddleware:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if started or not scope["app"].state.draining:
+                raise
+            # the time that the end gives is over, and uvicorn cancels what is left
+            detail = "the server ends, and this would have taken longer than it may. Ask another one."
+            await problem(Request(scope), *status_and_code(DrainingError()), detail)(scope, receive, send_with_id)
         except Exception:
             if started:  # too late for another answer: the server closes the connection
                 raise

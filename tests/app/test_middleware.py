@@ -1,8 +1,13 @@
 """Around requests: ids are the client's where they are sane, else ours; prefixes; pages of other origins."""
 
+import asyncio
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from app.main import create_app
+from app.middleware import RequestIdMiddleware
 from app.repository import Repository
 from app.settings import Settings
 
@@ -24,6 +29,41 @@ def test_every_request_gets_an_id_of_its_own(colours):
     ids = {answer.json()["request_id"] for answer in answers}
     assert len(ids) == 3
     assert ids == {answer.headers["x-request-id"] for answer in answers}
+
+
+@pytest.mark.parametrize(
+    ("path", "draining"), [("/predict", True), ("/v2/models/digits/infer", True), ("/predict", False)]
+)
+def test_what_the_end_of_the_server_cuts_off_is_answered(path, draining):
+    """Uvicorn cancels the requests that take longer than the end may; others that are cancelled stay cancelled."""
+    messages = []
+
+    async def send(message):
+        messages.append(message)
+
+    async def run():
+        begun = asyncio.Event()
+
+        async def app(scope, receive, send):
+            begun.set()
+            await asyncio.sleep(60)
+
+        state = SimpleNamespace(draining=draining)
+        scope = {"type": "http", "path": path, "headers": [], "app": SimpleNamespace(state=state)}
+        task = asyncio.create_task(RequestIdMiddleware(app)(scope, None, send))
+        await begun.wait()
+        task.cancel()
+        await task
+
+    if not draining:
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(run())
+        assert messages == []
+        return
+    asyncio.run(run())
+    assert messages[0]["status"] == 503
+    body = json.loads(messages[1]["body"])
+    assert "the server ends" in (body["error"] if path.startswith("/v2") else body["detail"])
 
 
 @pytest.fixture(scope="module")
