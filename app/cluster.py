@@ -95,6 +95,8 @@ class Replica:
         start_logging(self._settings)
         self._app = build(self._settings)
         self._configured = False
+        self._named: set[str] = set()
+        """Models whose versions `user_config` says."""
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -108,8 +110,10 @@ class Replica:
         try:
             wanted = read_user_config(config)
             manager: Manager = self._app.state.manager
-            for name, policy in wanted.models.items():
+            no_more = dict.fromkeys(self._named - wanted.models.keys())  # INTERFLOW_VERSIONS says them again
+            for name, policy in (wanted.models | no_more).items():
                 await manager.run(manager.load, name, policy)
+            self._named = set(wanted.models)
         except InterflowError as error:
             if not self._configured:
                 raise

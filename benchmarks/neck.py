@@ -13,8 +13,13 @@ In so short a training the neck costs accuracy: its branches share what the deep
 it gives is the first stage's map: in the picture, of the whole object where without it single cells spoke.
 """
 
-import argparse
+import sys
 from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # as a script: this folder's modules would hide others of their names
+    del sys.path[0]
+
+import argparse
 
 import matplotlib.pyplot as plt
 import torch

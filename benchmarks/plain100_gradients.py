@@ -17,8 +17,13 @@ Found (width 0.25, seed 0, 2 CPU cores; docs/plain100-gradients.png):
   rate 1e-2, widths 0.0625 and 0.125, S1 diverges, and Normal stands still at 2.25, little better than guessing.
 """
 
-import argparse
+import sys
 from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # as a script: this folder's modules would hide others of their names
+    del sys.path[0]
+
+import argparse
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt

@@ -3,6 +3,7 @@
 All of that is slow, for one small Ray Serve in a process of its own (`ray_serve.py`).
 """
 
+import asyncio
 import importlib
 import inspect
 import io
@@ -25,11 +26,13 @@ import httpx2
 import pytest
 from PIL import Image
 
+from app.main import create_app
 from app.settings import Settings, SettingsError
 
 pytest.importorskip("ray.serve")
 
 from app import cluster
+from benchmarks.material import with_version
 from benchmarks.servers import family
 
 ROOT = Path(__file__).parents[2]
@@ -360,6 +363,28 @@ def test_models_that_only_one_replica_would_load(monkeypatch, tmp_path):
         cluster.app({})
     monkeypatch.setenv("INTERFLOW_STATE_DIR", str(tmp_path))
     cluster.app({})
+
+
+def test_a_model_that_user_config_names_no_more_has_its_newest_version_again(only_bundled, tmp_path):
+    """Else a replica that starts later would serve another one under the same address."""
+    exports = tmp_path / "exports"
+    shutil.copytree(only_bundled, exports)
+    with_version(exports / "digits" / "1", 2, 1.0, exports)
+
+    app = create_app(Settings(exports=exports, provider="cpu"))
+    # not made by Ray, whose class has a `__del__` that somebody must await
+    replica = SimpleNamespace(_app=app, _configured=True, _named=set())
+
+    async def serve_in_turn(*configs):
+        versions = []
+        async with app.router.lifespan_context(app):
+            for config in configs:
+                await cluster.Replica.func_or_class.reconfigure(replica, config)
+                versions.append([model.card.version for model in app.state.repository.models])
+        return versions
+
+    pinned = {"models": {"digits": {"specific": {"versions": [1]}}}}
+    assert asyncio.run(serve_in_turn({}, pinned, {"models": {}}, None)) == [["2"], ["1"], ["2"], ["2"]]
 
 
 def test_a_user_config_that_cannot_be_used():
