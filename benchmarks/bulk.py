@@ -2,11 +2,12 @@
 
     python benchmarks/bulk.py --images 10000 --many 1000000
 
-Rounds take turns, and medians count. Bare is onnxruntime alone, on decoded arrays in batches of 32: one session of as
-many threads as there are CPUs, and a process of one thread for each CPU; the better one counts. Bulk is the command
-`python -m app.bulk`, from files and from a Parquet file of their bytes. Of each command the rate is that between
-`START_IMAGES` and all images, so that starting (imports, loading, listing the first) cancels out; the whole time is
-given beside it. Then memory: the peak of the command's processes together, sampled, at `--images` and at `--many`.
+Rounds take turns, and medians count. Bare is onnxruntime alone, on decoded arrays: one session of as many threads as
+there are CPUs, and a process of one thread for each CPU, in batches of 32 and, as bulk's own are, of 256; the best one
+counts. Bulk is the command `python -m app.bulk`, from files and from a Parquet file of their bytes. Of each command the
+rate is that between `START_IMAGES` and all images, so that starting (imports, loading, listing the first) cancels out;
+the whole time is given beside it. Then memory: the peak of the command's processes together, sampled, at `--images` and
+at `--many`.
 """
 
 import sys
@@ -52,7 +53,12 @@ from training import cli
 from training.files import write_text
 
 NAMES = [LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS]
-BATCH = 32
+BARE_WAYS = {
+    "bare, one session, batches of 32": (1, None, 32),
+    "bare, processes, batches of 32": (None, 1, 32),
+    "bare, processes, batches of 256": (None, 1, 256),
+}
+"""Processes, threads of each and images of a batch; None: one per CPU."""
 START_IMAGES = 2048
 BARE_IMAGES = 6144
 SAMPLE_S = 0.25
@@ -86,8 +92,9 @@ def main() -> None:
         wholes: dict[str, list[float]] = {}
         peak = 0.0
         for round_ in tqdm(range(options.rounds), unit="round", disable=None):
-            for way, processes, threads in (("bare, one session", 1, cpus), ("bare, processes", cpus, 1)):
-                rates.setdefault(way, []).append(bare(folder / "pixels.npy", processes, threads))
+            for way, (processes, threads, batch) in BARE_WAYS.items():
+                rate = bare(folder / "pixels.npy", processes or cpus, threads or cpus, batch)
+                rates.setdefault(way, []).append(rate)
             for kind in ("files", "Parquet"):
                 taken = {}
                 for images in (START_IMAGES, options.images):
@@ -180,13 +187,13 @@ def _megabytes(pid: int) -> float:
         return 0.0
 
 
-def bare(pixels: Path, processes: int, threads: int) -> float:
+def bare(pixels: Path, processes: int, threads: int, batch: int) -> float:
     """Images per second of onnxruntime alone; all processes begin when each is ready."""
     spawning = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for _ in range(processes):
         ours, theirs = spawning.Pipe()
-        workers.append(spawning.Process(target=_run_bare, args=(theirs, str(pixels), threads)))
+        workers.append(spawning.Process(target=_run_bare, args=(theirs, str(pixels), threads, batch)))
         workers[-1].start()
         pipes.append(ours)
     images = sum(pipe.recv() for pipe in pipes)
@@ -201,7 +208,7 @@ def bare(pixels: Path, processes: int, threads: int) -> float:
     return images / took
 
 
-def _run_bare(pipe: Connection, file: str, threads: int) -> None:
+def _run_bare(pipe: Connection, file: str, threads: int, batch: int) -> None:
     pixels = np.load(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -209,10 +216,10 @@ def _run_bare(pipe: Connection, file: str, threads: int) -> None:
     session = onnxruntime.InferenceSession(SHIPPED / MODEL_FILE, options, ["CPUExecutionProvider"])
 
     def run(images: np.ndarray) -> None:
-        for first in range(0, len(images), BATCH):
-            session.run(NAMES, {IMAGE: images[first : first + BATCH]})
+        for first in range(0, len(images), batch):
+            session.run(NAMES, {IMAGE: images[first : first + batch]})
 
-    run(pixels[: 8 * BATCH])
+    run(pixels[: 8 * batch])
     pipe.send(len(pixels))
     pipe.recv()
     run(pixels)

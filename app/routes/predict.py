@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import lru_cache
 from math import inf
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_json
+from starlette.datastructures import QueryParams
 
 from app.deadline import deadline_of
 from app.decoders import Decoders
@@ -100,7 +102,8 @@ class Decoded(NamedTuple):
     seen: Seen | None
 
 
-NO_QUERY = PredictQuery()
+LONGEST_KEPT_QUERY = 256
+"""Bytes; longer ones are read each time, so that they cannot fill the memory."""
 INLINE_VALUES = 100_000
 """Maps of up to so many numbers are written out in the event loop, in some tenths of a millisecond."""
 
@@ -233,10 +236,14 @@ async def _interpret(
 
 
 def _query(request: Request) -> PredictQuery:
-    if not request.scope["query_string"]:
-        return NO_QUERY
+    text: bytes = request.scope["query_string"]
+    return (_read_query if len(text) <= LONGEST_KEPT_QUERY else _read_query.__wrapped__)(text)
+
+
+@lru_cache(maxsize=256)  # clients ask in few ways, each of them again and again; reading one takes a tenth of a request
+def _read_query(text: bytes) -> PredictQuery:
     try:
-        return PredictQuery.model_validate(dict(request.query_params))
+        return PredictQuery.model_validate(dict(QueryParams(text)))
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
 
