@@ -91,7 +91,10 @@ def _argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OF_SETTINGS = ("exports", "model", "provider", "max_bytes", "max_pixels", "max_batch", "log_level", "log_format")
+_OF_SETTINGS = (
+    "exports", "model", "provider", "cuda_graphs", "cuda_tf32", "cuda_memory", "max_bytes", "max_pixels", "max_batch",
+    "log_level", "log_format",
+)  # fmt: skip
 
 
 def _positive(text: str) -> int:

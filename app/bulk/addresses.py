@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -50,11 +50,32 @@ class SourceError(InterflowError):
 
 
 def absolute(given: str) -> str:
-    """The same address whatever the working folder: a local path as an absolute one, without file://."""
+    """The same address whatever the working folder: a local path as an absolute one, without file://.
+
+    Raises:
+        AddressError: it cannot be meant, or is not UTF-8.
+    """
     given = given.removeprefix("file://")
     if "::" in given:
         raise AddressError(f"{given}: addresses within addresses (::) are not read. Unpack it first.")
-    return given.rstrip("/") if is_remote(given) else os.path.abspath(given)  # noqa: PTH100 - resolve() would follow links
+    address = given.rstrip("/") if is_remote(given) else os.path.abspath(given)  # noqa: PTH100 - resolve() would follow links
+    require_utf8(address)
+    return address
+
+
+def require_utf8(name: str) -> None:
+    """Refuse what run.json and the tables cannot hold.
+
+    Raises:
+        AddressError: the name is not UTF-8.
+    """
+    if (shown := readable(name)) != name:
+        raise AddressError(f"{shown}: the name is not UTF-8. Rename it, or name a link to it.")
+
+
+def readable(name: str) -> str:
+    """The name itself where it is UTF-8, else with escapes in the place of what is not."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_remote(address: str) -> bool:
@@ -169,13 +190,27 @@ def files_of(given: str) -> Iterator[str]:
 
 def _matching(pattern: str) -> Iterator[str]:
     """As `files_of`; a folder that matches is none of the files. ** stands for any folders."""
-    first = min(pattern.index(mark) for mark in MAGIC if mark in pattern)
-    base = pattern[:first].rpartition("/")[0] or "/"
+    base, depth = _reach(pattern)
     matches = re.compile(glob_translate(pattern)).match
-    rest = pattern[len(base) :].strip("/")
-    depth = -1 if "**" in rest else rest.count("/")
     found = _remote(base, depth) if is_remote(base) else _local(base, depth, (os.path.realpath(base),))
     return (address for address in found if matches(address))
+
+
+def _reach(given: str) -> tuple[str, int]:
+    """The folder whose files an absolute address may name, and down to how many folders below (-1: any)."""
+    if not is_pattern(given):
+        return given, -1
+    first = min(given.index(mark) for mark in MAGIC if mark in given)
+    base = given[:first].rpartition("/")[0] or "/"
+    rest = given[len(base) :].strip("/")
+    return base, -1 if "**" in rest else rest.count("/")
+
+
+def reaches(given: str, folder: str) -> bool:
+    """Files of a folder may be looked at where the files of `given` are listed; both are absolute addresses."""
+    base, depth = _reach(given)
+    outer, inner = f"{base.rstrip('/')}/", f"{folder}/"
+    return inner.startswith(outer) and (depth < 0 or inner.count("/") - outer.count("/") <= depth)
 
 
 def _local(folder: str, depth: int, trail: tuple[str, ...]) -> Iterator[str]:
@@ -184,7 +219,7 @@ def _local(folder: str, depth: int, trail: tuple[str, ...]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield entry.path
             elif depth and not entry.is_symlink():
                 yield from _local(entry.path, depth - 1, trail)
@@ -192,6 +227,13 @@ def _local(folder: str, depth: int, trail: tuple[str, ...]) -> Iterator[str]:
                 real = os.path.realpath(entry.path)
                 if not any(f"{passed}/".startswith(f"{real}/") for passed in trail):
                     yield from _local(entry.path, depth - 1, (*trail, real))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # such as a link to itself: who reads it is told why it cannot be
 
 
 def _remote(folder: str, depth: int | None) -> Iterator[str]:
@@ -255,16 +297,21 @@ class Output:
             return []
         return sorted(name for name in listed if not name.startswith("."))
 
-    def sweep(self) -> None:
-        """Remove what killed writers left; nobody else may write meanwhile."""
+    def sweep(self, names: Iterable[str]) -> None:
+        """Remove what killed writers of files with such names (patterns) left; nobody else may write meanwhile."""
         if not is_remote(self.address):
-            for left in Path(self.address).glob("*/.*.tmp"):
-                left.unlink(missing_ok=True)
+            for name in names:
+                for left in Path(self.address).glob(str(_temporary(Path(name), "*"))):
+                    left.unlink(missing_ok=True)
+
+
+def _temporary(path: Path, writer: object) -> Path:
+    return path.with_name(f".{path.name}-{writer}.tmp")
 
 
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    temporary = _temporary(path, os.getpid())
     try:
         with temporary.open("wb") as file:
             file.write(content)

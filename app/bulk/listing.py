@@ -4,7 +4,6 @@ import heapq
 import io
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.bulk.addresses import Output, files_of, is_pattern, open_file
+from app.bulk.addresses import Output, files_of, is_pattern, open_file, readable
 from app.bulk.plan import Listed, Plan
 from model.contract import InterflowError
 
@@ -123,8 +122,7 @@ class _Found:
             for address in files_of(given):
                 chosen = not parquet and (address == given or is_pattern(given))
                 if chosen or address.lower().endswith(suffixes):
-                    # what is not UTF-8 is shown with escapes, is not found again, and so is reported as missing
-                    yield os.fsencode(address).decode("utf-8", "backslashreplace")
+                    yield readable(address)  # what is not UTF-8 is not found again so, and is reported as missing
                 else:
                     self.left_out += 1
 

@@ -83,7 +83,12 @@ def score_on_ray(
     data.DataContext.get_current().enable_progress_bars = False  # ours counts images
     for number, handler in handlers.items():
         signal.signal(number, handler)  # Ray put its own there
-    own = {"api_keys": None, "management_key": None, "provider": settings.provider if gpus else "cpu"}
+    own = {
+        "api_keys": None,
+        "management_key": None,
+        "provider": settings.provider if gpus else "cpu",
+        "workers": max(1, int(1 / gpus)) if gpus else 1,
+    }
     most = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
     options: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
     parts = data.range(plan.listed.parts, override_num_blocks=min(plan.listed.parts, MOST_BLOCKS))

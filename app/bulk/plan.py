@@ -22,6 +22,8 @@ except ImportError:  # Windows: two runs at once do no harm, they only do the wo
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+WRITTEN = (RUN_FILE, "listing/listing-*", "predictions/part-*", "unreadable/part-*")
+"""All files of a run in OUT, as patterns."""
 FORMAT_VERSION: Literal[1] = 1
 
 
@@ -53,6 +55,8 @@ class Options(_Part):
     """At most in a part."""
     max_bytes: int
     max_pixels: int
+    cuda_tf32: bool | None = None
+    """None: begun before this was written down, and held to neither."""
 
 
 class Listed(_Part):
@@ -142,23 +146,10 @@ def begin(output: Output, asked: Plan) -> Plan:
     Raises:
         PlanError: another run was begun there, or the folder holds something else.
     """
-    file = output.open(RUN_FILE)
-    if file is None:
-        if names := output.names():
-            raise PlanError(
-                f"{output.address} holds {names[0]!r} and no {RUN_FILE}, so it is not the folder of a run. "
-                "Name a folder that is empty, or that does not exist yet."
-            )
+    begun = _begun_in(output)
+    if begun is None:
         asked.write(output)
         return asked
-    with file:
-        text = file.read()
-    try:
-        begun = Plan.model_validate_json(text)
-    except ValidationError as error:
-        raise PlanError(
-            f"{output.address}/{RUN_FILE} is not that of a run{first_problem(error)}. Name another folder."
-        ) from error
     for what, before, now in _identity(begun, asked):
         if before != now:
             raise PlanError(
@@ -168,13 +159,37 @@ def begin(output: Output, asked: Plan) -> Plan:
     return begun.model_copy(update={"model": asked.model})
 
 
+def _begun_in(output: Output) -> Plan | None:
+    """The run of a folder; None: there is nothing in it.
+
+    Raises:
+        PlanError: it holds something else.
+    """
+    file = output.open(RUN_FILE)
+    if file is None:
+        if names := output.names():
+            raise PlanError(
+                f"{output.address} holds {names[0]!r} and no {RUN_FILE}, so it is not the folder of a run. "
+                "Name a folder that is empty, or that does not exist yet."
+            )
+        return None
+    with file:
+        text = file.read()
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise PlanError(
+            f"{output.address}/{RUN_FILE} is not that of a run{first_problem(error)}. Name another folder."
+        ) from error
+
+
 def _identity(begun: Plan, asked: Plan) -> Iterator[tuple[str, object, object]]:
     yield "input", begun.inputs, asked.inputs
     yield "column", begun.column, asked.column
     for plan_part in ("model", "options"):
         before, now = (getattr(plan, plan_part).model_dump() for plan in (begun, asked))
         for key, value in before.items():
-            if key != "folder":
+            if key != "folder" and value is not None:
                 yield f"{plan_part} ({key})" if plan_part == "model" else key, value, now[key]
 
 
@@ -187,13 +202,14 @@ def alone(output: Output) -> Iterator[None]:
     """Hold a local folder for this run, until its process ends however it ends. A store's is not held.
 
     Raises:
-        PlanError: another run holds it.
+        PlanError: another run holds it, or it holds something else than a run; then nothing in it was touched.
     """
     if is_remote(output.address) or fcntl is None:
         yield
         return
     folder = Path(output.address)
     try:
+        _begun_in(output)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
     except OSError as error:
@@ -203,8 +219,8 @@ def alone(output: Output) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise PlanError(f"another run works in {folder}. Wait for it, or end it.") from error
-        output.sweep()
+        output.sweep(WRITTEN)
         try:
             yield
         finally:
-            output.sweep()  # after a worker that was killed, too
+            output.sweep(WRITTEN)  # after a worker that was killed, too

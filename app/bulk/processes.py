@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from math import ceil
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
@@ -49,15 +50,15 @@ def visible_gpus(settings: Settings) -> list[str]:
     """CUDA's names of the devices that these settings allow and a driver shows."""
     if settings.provider == "cpu":
         return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     count = ctypes.c_int(0)
     with contextlib.suppress(OSError):
         cuda = ctypes.CDLL("libcuda.so.1")
         if cuda.cuInit(0) == 0:
             cuda.cuDeviceGetCount(ctypes.byref(count))
-    return [str(device) for device in range(count.value)]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not count.value:  # the variable may be set where there is no GPU
+        return [str(device) for device in range(count.value)]
+    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
 def default_processes(settings: Settings) -> int:
@@ -108,16 +109,19 @@ def score_here(
     workers: dict[Connection, _Worker] = {}
 
     gpus = visible_gpus(settings)
+    processes = min(processes, plan.listed.parts)
+    own: dict[str, object] = {"workers": ceil(processes / len(gpus)) if gpus else 1}
     if settings.provider == "auto" and not gpus:
-        settings = settings.model_copy(update={"provider": "cpu"})  # or each worker would say why
+        own["provider"] = "cpu"  # or each worker would say why
+    settings = settings.model_copy(update=own)
 
     def start(number: int) -> None:
-        own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        worker = _start(number, own | ONE_THREAD, plan, output, settings, threads)
+        device = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        worker = _start(number, device | ONE_THREAD, plan, output, settings, threads)
         workers[worker.pipe] = worker
 
     try:
-        for number in range(min(processes, plan.listed.parts)):
+        for number in range(processes):
             start(number)
         while workers:
             pipe = cast(Connection, wait(list(workers))[0])

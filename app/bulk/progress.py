@@ -24,17 +24,24 @@ class Progress:
         self._what = what
         self._bar = tqdm(desc=what, total=total, unit=" images", unit_scale=True, disable=None, file=sys.stderr)
         self._total = total
-        self._images = 0
+        self._images = self._fresh = 0
         self._began = self._said = time.monotonic()
 
-    def add(self, images: int) -> None:
-        """So many more are done."""
-        self._bar.update(images)
+    def add(self, images: int, fresh: bool = True) -> None:
+        """So many more are done; unless `fresh`, they were before, and count in no rate."""
         self._images += images
+        if fresh:
+            self._fresh += images
+            self._bar.update(images)
+        elif not self._bar.disable:
+            self._bar.initial += images  # its rates are of what came since
+            self._bar.n += images
+            self._bar.last_print_n += images
+            self._bar.update(0)
         now = time.monotonic()
         if self._bar.disable and now - self._said >= LINE_S:
             of_all = "" if self._total is None else f" of {self._total}"
-            rate = self._images / (now - self._began)
+            rate = self._fresh / (now - self._began)
             print(f"{self._what}: {self._images}{of_all} images, {rate:,.0f} images/s", file=sys.stderr, flush=True)
             self._said = now
 

@@ -4,7 +4,7 @@ import argparse
 import time
 from contextlib import closing
 
-from app.bulk.addresses import Output, absolute, filesystem, is_remote
+from app.bulk.addresses import Output, absolute, filesystem, is_remote, reaches, require_utf8
 from app.bulk.listing import write_listing
 from app.bulk.on_ray import score_on_ray
 from app.bulk.plan import Counts, Model, Options, Plan, PlanError, alone, begin, find_model
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, settings: Settings) -> str:
     output = Output(absolute(options.out))
     asked = plan_of(options, settings)
     for given in asked.inputs:
-        if f"{output.address}/".startswith(f"{given}/"):
+        if reaches(given, output.address):
             raise PlanError(f"{output.address} lies within {given}, whose images are read. Name a folder beside it.")
     for address in (*asked.inputs, output.address):
         if is_remote(address):
@@ -59,10 +59,12 @@ def plan_of(options: argparse.Namespace, settings: Settings) -> Plan:
 
     Raises:
         ModelError, CardError: there is no such model.
-        AddressError: an input that cannot be meant.
+        AddressError: an input that cannot be meant, or a name that is not UTF-8.
     """
     card = find_model(settings, options.model, options.version)
-    folder = settings.exports.absolute() / card.name / card.version
+    folder = str(settings.exports.absolute() / card.name / card.version)
+    for name in (folder, options.column or ""):
+        require_utf8(name)
     return Plan(
         inputs=tuple(absolute(given) for given in options.inputs),
         column=options.column,
@@ -71,13 +73,14 @@ def plan_of(options: argparse.Namespace, settings: Settings) -> Plan:
             version=card.version,
             sha256=card.provenance.weights_sha256,
             precision=card.precision,
-            folder=str(folder),
+            folder=folder,
         ),
         options=Options(
             top_k=options.top_k,
             part_images=options.part_images,
             max_bytes=settings.max_bytes,
             max_pixels=settings.max_pixels,
+            cuda_tf32=settings.cuda_tf32,
         ),
     )
 
@@ -105,6 +108,6 @@ def _score(plan: Plan, output: Output, options: argparse.Namespace, settings: Se
         for counts, fresh in parts:
             done = done.plus(counts)
             made += counts.images if fresh else 0
-            progress.add(counts.images)
+            progress.add(counts.images, fresh)
     progress.close()
     return done, made

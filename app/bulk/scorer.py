@@ -31,7 +31,8 @@ class Scorer:
     Args:
         plan: its listing is finished.
         output: where the listing is, and the tables go.
-        settings: provider and largest batch; the session has one lane of one thread.
+        settings: provider, CUDA's, largest batch, and the workers that share its GPU's memory; the session has one lane
+            of one thread.
         threads: that fetch and decode images while the network runs; none: both take turns.
 
     Raises:
@@ -45,7 +46,7 @@ class Scorer:
         spec = read_card(folder).input
         fitting = min(max(BATCH_PIXELS // (spec.height * spec.width), LEAST_BATCH), MOST_BATCH)
         self._batch = settings.max_batch or fitting
-        own = {"lanes": 1, "threads": 1, "workers": 1, "niceness": 0, "max_batch": self._batch}
+        own = {"lanes": 1, "threads": 1, "niceness": 0, "max_batch": self._batch}
         self._session = Session(folder, settings.model_copy(update=own))
         self._card = self._session.card
         if self._card.provenance.weights_sha256 != plan.model.sha256:

@@ -1,15 +1,21 @@
 """An archive of images: answers as the server's, every image once, whoever worked and however often it was killed."""
 
 import argparse
+import ctypes
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -18,11 +24,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app.bulk import __main__ as command
+from app.bulk import on_ray, processes, progress
 from app.bulk import run as bulk
 from app.bulk.addresses import Output, files_of
 from app.bulk.listing import Item, _parts, sorted_outside
 from app.bulk.plan import Plan, alone
 from app.bulk.scorer import Scorer
+from app.cuda import provider_options
 from app.main import create_app
 from app.settings import PREFIX, Settings
 from model.contract import InterflowError
@@ -56,6 +65,7 @@ def archive(photographs, tmp_path_factory):
     os.mkfifo(root / "c" / "pipe.png")
     (root / "c" / "folder.png" / "deep").mkdir(parents=True)
     (root / "c" / "folder.png" / "deep" / "one.png").write_bytes(whole)
+    (root / "c" / "itself.png").symlink_to("itself.png")
     (root / "c" / "loop").symlink_to(root, target_is_directory=True)
     (root / "c" / "notes.txt").write_text("left out")
     (root / "c" / ".hidden.png").write_bytes(whole)
@@ -69,6 +79,7 @@ UNREADABLE = {
     "b/text.jpg": "invalid_image",
     "b/wide.png": "too_many_pixels",
     "c/gone.png": "missing_file",
+    "c/itself.png": "unreadable_file",
     "c/pipe.png": "no_file",
 }
 IMAGES = 60 + 1 + len(UNREADABLE)
@@ -126,7 +137,9 @@ def test_answers_and_reasons_are_those_of_the_server(archive, score, serve, only
                 assert ours == pytest.approx({name: stage[name] for name in ours}, abs=1e-4)
                 reading = {name: row[f"{stage['name']}_{name}"] for name in stage["prediction"]}
                 assert reading == pytest.approx(stage["prediction"], abs=1e-5)
-        asked = {row["image"]: row for row in unreadable if row["code"] not in ("missing_file", "no_file")}
+        asked = {
+            row["image"]: row for row in unreadable if row["code"] not in ("missing_file", "no_file", "unreadable_file")
+        }
         assert len(asked) == 5
         for image, row in asked.items():
             problem = client.post("/predict", content=Path(image).read_bytes()).json()
@@ -218,7 +231,9 @@ def test_a_folder_that_leads_to_itself_ends(archive):
 def listed(archive):
     """Paths of the archive's files, in the order of the listing."""
     return sorted(
-        str(path) for path in files_of(str(archive)) if not path.endswith(("notes.txt", "gone.png", "pipe.png"))
+        str(path)
+        for path in files_of(str(archive))
+        if not path.endswith(("notes.txt", "gone.png", "itself.png", "pipe.png"))
     )
 
 
@@ -332,14 +347,19 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(archive, score, t
     (out / "predictions" / "part-000002.parquet").unlink()
     torn = out / "predictions" / "part-000004.parquet"
     torn.write_bytes(torn.read_bytes()[:500])  # as a store without atomic writes may leave it
-    (out / "predictions" / ".part-000003.parquet-1.tmp").touch()
+    for torn_name in (
+        ".run.json-1.tmp",
+        "listing/.listing-000000.parquet-1.tmp",
+        "predictions/.part-000003.parquet-1.tmp",
+    ):
+        (out / torn_name).touch()
     untouched = (out / "predictions" / "part-000001.parquet").stat().st_mtime_ns
     listing = (out / "listing" / "listing-000000.parquet").stat().st_mtime_ns
     assert "20 images in " in score(archive, out=out)
     assert tables(out) == before
     assert (out / "predictions" / "part-000001.parquet").stat().st_mtime_ns == untouched
     assert (out / "listing" / "listing-000000.parquet").stat().st_mtime_ns == listing
-    assert not list(out.glob("*/.*.tmp"))
+    assert not list(out.rglob(".*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -349,6 +369,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(archive, score, t
         ({"part_images": 11}, "another part_images: 10, where now 11"),
         ({"column": "x"}, "another column: none, where now x"),
         ({"settings": {"max_pixels": 1000}}, "another max_pixels: 300000, where now 1000"),
+        ({"settings": {"cuda_tf32": False}}, "another cuda_tf32: True, where now False"),
     ],
 )
 def test_a_run_goes_on_with_nothing_else(archive, score, tmp_path, only_bundled, change, said):
@@ -359,6 +380,14 @@ def test_a_run_goes_on_with_nothing_else(archive, score, tmp_path, only_bundled,
         score(archive / "a", out=tmp_path / "out", **change)
     with pytest.raises(InterflowError, match=f"another input: {archive}/a, where now {archive}/b"):
         score(archive / "b", out=tmp_path / "out")
+
+
+def test_a_run_goes_on_that_was_begun_before_tf32_was_written_down(archive, score, tmp_path):
+    score(archive / "a", out=tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "run.json").read_text())
+    del text["options"]["cuda_tf32"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(text))
+    assert "nothing to do" in score(archive / "a", out=tmp_path / "out")
 
 
 def test_a_run_goes_on_with_no_other_model(archive, score, tmp_path, artefact, rewrite_card):
@@ -377,10 +406,6 @@ def test_a_run_goes_on_with_no_other_model(archive, score, tmp_path, artefact, r
 def test_folders_that_are_not_for_this(archive, score, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(InterflowError, match=r"holds 'thesis\.txt' and no run\.json"):
-        score(archive, out=tmp_path / "mine")
-    with pytest.raises(InterflowError, match="lies within"):
-        score(archive, out=archive / "out")
     with alone(Output(str(tmp_path / "busy"))), pytest.raises(InterflowError, match="another run works in"):
         score(archive, out=tmp_path / "busy")
     with pytest.raises(InterflowError, match="no image is in"):
@@ -392,6 +417,68 @@ def test_folders_that_are_not_for_this(archive, score, tmp_path):
     with pytest.raises(InterflowError, match="has no version '7'; it has 1"):
         score(archive, out=tmp_path / "unknown", version="7")
     assert not (tmp_path / "unknown").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("thesis.txt", r"holds 'predictions' and no run\.json"), ("run.json", "is not that of a run")]
+)
+def test_a_folder_of_something_else_stays_as_it_is(archive, score, tmp_path, name, said):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "predictions" / ".part-000001.parquet-1.tmp").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InterflowError, match=said):
+        score(archive, out=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_a_run_s_folder_only_its_own_leavings_are_swept(archive, score, tmp_path):
+    score(archive / "a", out=tmp_path)
+    for folder in ("notes", "predictions"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ".notes.tmp").touch()
+    score(archive / "a", out=tmp_path)
+    assert len(list(tmp_path.glob("*/.notes.tmp"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [("in", "in/out"), ("in/**", "in/out"), ("in/**/*.png", "in/x/out"), ("in/*/*.png", "in/out"), ("in/*", "in")],
+)
+def test_tables_do_not_go_where_images_are_read(score, tmp_path, monkeypatch, given, out):
+    monkeypatch.setattr(bulk, "write_listing", Mock(side_effect=AssertionError))
+    (tmp_path / "in").mkdir()
+    for asked in (tmp_path / given, "/"):
+        with pytest.raises(InterflowError, match=f"{tmp_path / out} lies within {re.escape(str(asked))}, whose"):
+            score(asked, out=tmp_path / out)
+    assert not list(tmp_path.rglob("?*/*"))
+
+
+def test_tables_may_go_below_a_pattern_that_does_not_look_there(archive, score, tmp_path):
+    shutil.copytree(archive / "a", tmp_path / "in")
+    score(f"{tmp_path}/in/*.png", out=tmp_path / "in" / "scores")
+    found = len(list((tmp_path / "in").glob("*.png")))
+    assert sum(map(len, tables(tmp_path / "in" / "scores"))) == found
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_a_sentence(archive, score, tmp_path, only_bundled):
+    good, bad, out = archive / "a", tmp_path / os.fsdecode(b"bad\xff"), tmp_path / "out"
+    shutil.copytree(good, bad / "in")
+    shutil.copytree(only_bundled, bad / "exports")
+    exports = Settings(exports=bad / "exports", provider="cpu")
+    for given, to, others in (
+        (bad / "in", out, {}),
+        (good, bad / "out", {}),
+        (good, out, {"column": bad.name}),
+        (good, out, {"settings": exports}),
+    ):
+        with pytest.raises(
+            InterflowError, match=r"bad\\xff.*: the name is not UTF-8\. Rename it, or name a link to it\."
+        ):
+            score(given, out=to, **others)
+        assert {path.name for folder in (tmp_path, bad) for path in folder.iterdir()} == {bad.name, "in", "exports"}
+    (tmp_path / "link").symlink_to(bad)
+    assert "20 predictions, 2 unreadable" in score(tmp_path / "link" / "in", out=out)
 
 
 @pytest.mark.parametrize("missing", ["fsspec", "pyarrow"])
@@ -406,7 +493,127 @@ def test_what_is_not_installed_is_named(missing):
     )
 
 
+# How far it is
+
+
+def test_what_was_done_before_counts_in_no_rate(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = progress.Progress("scoring", 4000)
+    lines.add(2000, fresh=False)
+    lines.add(800)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["scoring: 2000 of 4000 images, 0 images/s", "scoring: 2800 of 4000 images, 20 images/s"]
+
+
+def test_what_was_done_before_counts_in_no_remaining_time(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = progress.Progress("scoring", 4000)
+    bar.add(2000, fresh=False)
+    assert "50%" in str(bar._bar)
+    assert "<?, ? images/s" in str(bar._bar)
+    bar._bar.start_t -= 100
+    bar._bar.last_print_t -= 100
+    bar.add(1000)
+    assert "3.00k/4.00k [01:40<01:40, 10.0 images/s]" in str(bar._bar)
+    bar.close()
+
+
+def test_a_run_that_goes_on_counts_only_what_it_makes(archive, score, tmp_path, monkeypatch):
+    score(archive / "a", out=tmp_path / "out")
+    begun = plan_in(tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text(begun.model_copy(update={"done": None}).model_dump_json())
+    (tmp_path / "out" / "predictions" / "part-000001.parquet").unlink()
+    told = Mock(wraps=progress.Progress("scoring"))
+    monkeypatch.setattr(bulk, "Progress", lambda *_: told)
+    score(archive / "a", out=tmp_path / "out")
+    assert [call.args[1] for call in told.add.call_args_list] == [False, True, False]
+
+
 # Processes
+
+
+def with_driver(monkeypatch, devices):
+    """A libcuda that shows so many devices; None: there is none."""
+
+    def opened(name):
+        if devices is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(cuInit=lambda _: 0, cuDeviceGetCount=lambda count: setattr(count._obj, "value", devices))
+
+    monkeypatch.setattr(ctypes, "CDLL", opened)
+
+
+@pytest.mark.parametrize(
+    ("devices", "named", "gpus"),
+    [
+        (None, None, []),
+        (None, "0", []),
+        (0, "0", []),
+        (2, None, ["0", "1"]),
+        (2, "3, GPU-5", ["3", "GPU-5"]),
+    ],
+)
+def test_gpus_are_those_that_a_driver_shows(monkeypatch, devices, named, gpus):
+    with_driver(monkeypatch, devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert processes.visible_gpus(Settings()) == gpus
+    assert processes.visible_gpus(Settings(provider="cpu")) == []
+    cpus = processes.usable_cpus()
+    assert processes.default_processes(Settings()) == (min(cpus, 4 * len(gpus)) if gpus else cpus)
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(["0"], 200), (["0", "1"], 333), ([], 1000)])
+def test_processes_share_the_memory_of_their_gpu(archive, score, tmp_path, monkeypatch, gpus, share):
+    """Five of them, of which a GPU has no more than its share of."""
+    score(archive, out=tmp_path / "out")
+    plan, output, opened = plan_in(tmp_path / "out"), Output(str(tmp_path / "out")), []
+
+    def session(_, settings):
+        opened.append(provider_options(settings, graphs=False)["gpu_mem_limit"])
+        raise InterflowError("far enough")
+
+    def start(number, own, *job):
+        with pytest.raises(InterflowError, match="far enough"):
+            Scorer(*job)
+        ours, theirs = Pipe()
+        theirs.send("all were started")
+        return processes._Worker(number, Mock(), ours)
+
+    monkeypatch.setattr("app.bulk.scorer.Session", session)
+    monkeypatch.setattr(processes, "_start", start)
+    monkeypatch.setattr(processes, "visible_gpus", lambda _: gpus)
+    with pytest.raises(InterflowError, match="all were started"):
+        list(processes.score_here(plan, output, Settings(cuda_memory=1000, workers=7), 5, 0))
+    assert opened == [str(share)] * 5
+
+
+def test_actors_share_the_memory_of_their_gpu(archive, score, tmp_path, monkeypatch):
+    score(archive, out=tmp_path / "out")
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, Mock())
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    ray, data = sys.modules["ray"], sys.modules["ray.data"]
+    ray.exceptions.RayError = RuntimeError
+    ray.cluster_resources.return_value = {"CPU": 4}
+    map_batches = data.range.return_value.map_batches
+    map_batches.return_value.iter_rows.return_value = []
+    for gpus, share in ((0, 1000), (0.25, 250), (0.3, 333), (2, 1000)):
+        own = Settings(cuda_memory=1000, workers=7)
+        plan, output = plan_in(tmp_path / "out"), Output(str(tmp_path / "out"))
+        list(on_ray.score_on_ray(plan, output, own, address=None, processes=4, threads=0, gpus=gpus))
+        *_, settings, _ = map_batches.call_args.kwargs["fn_constructor_args"]
+        assert provider_options(settings, graphs=False)["gpu_mem_limit"] == str(share)
+
+
+def test_help_names_the_settings_that_count():
+    said = command._argument_parser().format_help()
+    for name in ("PROVIDER", "CUDA_MEMORY", "CUDA_TF32", "CUDA_GRAPHS"):
+        assert f"INTERFLOW_{name}" in said
 
 
 @pytest.fixture(scope="module")
