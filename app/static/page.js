@@ -12,8 +12,9 @@ const MOST_BARS = 7;
 
 /** What is shown. `run` is one answered image: everything below it can change without the server. */
 const state = {
+  listed: false, // the models offered are those that the server has, as far as is known
   model: null, // {model: its name, version}, as queries have them
-  card: null,
+  card: null, // of that model: the two change together
   image: null, // {file, name}
   run: null, // {card, picture, answer, evidence, box: that the network saw, roundTrip, probabilities, ranking, rows}
   explained: 0, // class index
@@ -22,73 +23,41 @@ const state = {
   off: new Set(), // numbers of stages
   only: false, // the box alone counts
 };
-let asking = null; // AbortController of the request under way
-const cards = new Map();
+let asking = null; // AbortController of what is asked about the model selected, or of an image
+const REPLACED = "model_replaced"; // code of a Problem that the page finds by itself
 
 const box = boxOn(element("surface"), element("frame"), () => changed());
 
 // --- asking the server ---
 
-async function start() {
-  try {
-    const { models } = await withKey(() => ask("models"));
-    const several = new Set(models.map(({ name }) => name)).size < models.length;
-    element("model").replaceChildren(
-      ...models.map(
-        ({ name, version }) =>
-          new Option(several ? `${name} ${version}` : name, JSON.stringify({ model: name, version })),
-      ),
-    );
-    const standard = models.find((model) => model.default) ?? models[0];
-    if (!standard) throw new Problem({ title: "No model", detail: "The server has no model loaded." });
-    element("model").value = JSON.stringify({ model: standard.name, version: standard.version });
-    await chooseModel();
-  } catch (error) {
-    showProblem(error, start);
-  }
-}
-
 /** Show what belongs to the model that is selected, and ask it about the image that there is. */
 async function chooseModel() {
-  state.model = JSON.parse(element("model").value);
-  const id = element("model").value;
+  if (state.image) return look(state.image.file, state.image.name);
+  const { signal } = askAnew();
+  element("introduction").hidden = false;
   try {
-    if (!cards.has(id)) cards.set(id, await withKey(() => ask("model", state.model)));
-    if (id !== element("model").value) return; // another was chosen meanwhile
-    state.card = cards.get(id);
-    showExamples();
-    element("weights").replaceChildren();
-    element("more").hidden = false;
-    if (element("weights-details").open) showWeights();
-    showCurl();
-    if (state.image) await look(state.image.file, state.image.name);
+    await withCurrentModel(() => loadModel(signal), signal);
   } catch (error) {
-    showProblem(error, chooseModel);
+    if (!signal.aborted) showProblem(error, chooseModel);
   }
 }
 
-/** Ask about an image, and show it and the answer. */
+/** Ask the selected model about an image, and show it and the answer. */
 async function look(file, name) {
-  asking?.abort();
-  const own = (asking = new AbortController());
+  const own = askAnew();
+  const { signal } = own;
   const started = performance.now();
-  const { card } = state;
   state.image = { file, name };
   document.body.classList.add("asking");
-  element("problem").hidden = true;
   showCurl();
-  const answering = withKey(() => predict(file, state.model, own.signal)).then((answer) => ({
-    answer,
-    evidence: decode(answer.maps),
-    roundTrip: performance.now() - started,
-  }));
+  const answering = withCurrentModel((last) => answerOf(file, signal, last), signal);
   answering.catch(() => {}); // handled below; the picture may take longer
   try {
     const picture = await openPicture(file);
-    if (own.signal.aborted) return;
+    if (signal.aborted) return;
     showPicture(picture, WHOLE, WHOLE);
-    const { answer, evidence, roundTrip } = await answering;
-    if (own.signal.aborted) return;
+    const { card, answer, evidence, roundTrip } = await answering;
+    if (signal.aborted) return;
     state.run = { card, picture, answer, evidence, box: answer.maps.box, roundTrip, rows: {} };
     state.explained = answer.prediction.index;
     state.off.clear();
@@ -96,13 +65,112 @@ async function look(file, name) {
     showRun();
     performance.measure("first-answer", { start: started, end: performance.now() });
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (signal.aborted) return; // another image or model was chosen: what became of this one is of no interest
     state.run = null;
     showProblem(error, () => look(file, name));
   } finally {
     if (asking === own) document.body.classList.remove("asking");
   }
 }
+
+/** What was asked before is of no interest any more: neither its answer nor its problem. */
+function askAnew() {
+  asking?.abort();
+  element("problem").hidden = true;
+  return (asking = new AbortController());
+}
+
+/** The selected model's answer about an image, with the card that it is to be read by. */
+async function answerOf(file, signal, last) {
+  const { model, card } = await loadModel(signal);
+  const started = performance.now();
+  const answer = await withKey(() => predict(file, model, signal));
+  const roundTrip = performance.now() - started;
+  const evidence = decode(answer.maps);
+  // a confidence is a hint, not an identity: a card that was just fetched is not refused for it
+  if (!isOf(card, answer) || !(last || agrees(card, answer, evidence))) throw replaced();
+  return { card, answer, evidence, roundTrip };
+}
+
+/** Whether an answer is by the weights that a card describes, and of its classes. */
+const isOf = (card, { model, prediction, doubt }) =>
+  model.sha256 === card.provenance.weights_sha256 &&
+  card.classes[prediction.index] === prediction.label &&
+  (typeof doubt !== "number" || Boolean(card.doubt));
+
+/** Whether a card makes the confidence that was answered: the same weights may have been fitted or exported anew. */
+function agrees(card, { prediction }, evidence) {
+  if (evidence.classes.length < card.classes.length) return true; // the others' part is not known
+  return Math.abs(confidences(fusedLogits(evidence), card)[prediction.index] - prediction.confidence) < 0.005;
+}
+
+const replaced = () =>
+  new Problem({
+    title: "Model replaced",
+    detail: "The server has just put another model in the place of this one. Try again in a moment.",
+    code: REPLACED,
+  });
+const isReplaced = ({ code }) => [REPLACED, "model_not_found"].includes(code);
+
+/**
+ * Do what asks the selected model; where the server has replaced that one, once more with what it has now.
+ *
+ * @param work called with whether it is the last time
+ */
+async function withCurrentModel(work, signal) {
+  try {
+    return await work(false);
+  } catch (error) {
+    signal.throwIfAborted();
+    if (!isReplaced(error)) throw error;
+    forgetModels();
+    return work(true);
+  }
+}
+
+const forgetModels = () => Object.assign(state, { listed: false, model: null, card: null });
+
+/** The model that is selected and its card, asked for where they are not known; and show what belongs to them. */
+async function loadModel(signal) {
+  if (!state.listed) await listModels(signal);
+  const id = element("model").value;
+  if (idOf(state.model) !== id) {
+    const model = JSON.parse(id);
+    const card = await withKey(() => ask("model", model, { signal }));
+    signal.throwIfAborted(); // another was selected meanwhile
+    Object.assign(state, { model, card });
+    showExamples();
+    element("weights").replaceChildren();
+    element("more").hidden = false;
+    if (element("weights-details").open) showWeights(true);
+    showCurl();
+  }
+  return { model: state.model, card: state.card };
+}
+
+/** Offer the models that there are. The one selected stays so: in its version, or else the newest of its name. */
+async function listModels(signal) {
+  const { models } = await withKey(() => ask("models", {}, { signal }));
+  signal.throwIfAborted();
+  const several = new Set(models.map(({ name }) => name)).size < models.length;
+  const selected = JSON.parse(element("model").value || "{}");
+  const ofName = models.filter(({ name }) => name === selected.model); // the newest is the last
+  const best =
+    ofName.find(({ version }) => version === selected.version) ??
+    ofName.at(-1) ??
+    models.find((model) => model.default) ??
+    models[0];
+  if (!best) throw new Problem({ title: "No model", detail: "The server has no model loaded." });
+  const offer = ({ name, version }) => idOf({ model: name, version });
+  element("model").replaceChildren(
+    ...models.map((model) => new Option(several ? `${model.name} ${model.version}` : model.name, offer(model))),
+  );
+  element("model").value = offer(best);
+  state.listed = true;
+}
+
+/** A model as the value of its option. */
+const idOf = (model) => JSON.stringify(model);
 
 /** Do what asks the server, with the key that it may want: asked for until it is right, or given up. */
 async function withKey(work) {
@@ -459,15 +527,20 @@ function showExamples() {
   );
 }
 
-async function showWeights() {
-  const { model } = state;
+/** The weights of the model that is shown; where it was replaced, everything is asked anew, unless it just was. */
+async function showWeights(last = false) {
+  const { model, card } = state;
   try {
     const weights = await withKey(() => ask("model/branch-weights", model));
     if (model !== state.model) return;
+    if (weights.model.sha256 !== card.provenance.weights_sha256) throw replaced();
     element("weights").replaceChildren(drawWeights(weights));
     element("weights-note").textContent = `${weights.how_to_read} Importance was measured on ${weights.fitted_on}.`;
   } catch (error) {
-    showProblem(error, showWeights);
+    if (model !== state.model) return;
+    if (last || !isReplaced(error)) return showProblem(error, showWeights);
+    forgetModels();
+    chooseModel();
   }
 }
 
@@ -580,10 +653,16 @@ addEventListener("drop", (event) => {
 });
 
 function take(file) {
-  if (file && state.card) look(file, file.name);
+  if (file) look(file, file.name);
 }
 
-element("key-form").addEventListener("submit", () => key.set(element("key").value.trim()));
+element("key-form").addEventListener("submit", (event) => {
+  if (key.set(element("key").value.trim())) return;
+  event.preventDefault(); // the dialog stays
+  element("key-note").textContent =
+    "That is no key: one has only letters without accents, digits and ASCII signs, and no spaces.";
+  element("key").select();
+});
 element("key-cancel").addEventListener("click", () => element("key-dialog").close());
 
 let stream = null;
@@ -609,4 +688,4 @@ element("camera-dialog").addEventListener("close", () => {
   for (const track of stream?.getTracks() ?? []) track.stop();
 });
 
-start();
+chooseModel();

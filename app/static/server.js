@@ -10,10 +10,20 @@ export class Problem extends Error {
   }
 }
 
-/** The key of this tab; another tab, or the next visit, does not have it. */
+// What a key can be, as app/security.py has it: with what no header bears, fetch would fail before it asks anything.
+const KEY = /^[!-~]+$/;
+
+/** The key of this tab; another tab, or the next visit, does not have it. `set` tells whether it is one. */
 export const key = {
-  get: () => sessionStorage.getItem(STORED),
-  set: (value) => sessionStorage.setItem(STORED, value),
+  get: () => {
+    const value = sessionStorage.getItem(STORED);
+    return KEY.test(value ?? "") ? value : null;
+  },
+  set: (value) => {
+    const fits = KEY.test(value);
+    if (fits) sessionStorage.setItem(STORED, value);
+    return fits;
+  },
   clear: () => sessionStorage.removeItem(STORED),
 };
 

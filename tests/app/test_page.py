@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from app.main import create_app
 from app.repository import Repository
@@ -212,6 +212,8 @@ def stage_values(page: Page) -> list[float]:
 
 
 CAT = (EXAMPLES / "cat.jpg").read_bytes()
+SEVEN = (EXAMPLES / "digits-7.png").read_bytes()
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @in_a_browser
@@ -449,6 +451,189 @@ def test_examples_suit_the_model_and_the_model_can_be_changed(open_page, server)
     assert stage_values(page) == pytest.approx(told.evidence(7), abs=0.00501)
 
 
+@pytest.fixture
+def managed(serve, exports, tmp_path) -> Iterator[httpx2.Client]:
+    """A client that may load models, of a server whose exports, `<tmp_path>/exports`, can be changed."""
+    shutil.copytree(exports, tmp_path / "exports")
+    settings = Settings(exports=tmp_path / "exports", model="cifar10", management_key=KEY)
+    with serve(create_app(settings)) as client:
+        client.headers["X-API-Key"] = KEY
+        yield client
+
+
+@pytest.fixture
+def export(managed, tmp_path, bundled, rewrite_card) -> Callable[..., None]:
+    """Exports the digits again, with changes of the card, and loads them."""
+
+    def make(version: str, **changes: object) -> None:
+        folder = tmp_path / "exports" / "digits" / version
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(bundled, folder)
+        rewrite_card(folder, version=version, **changes)
+        managed.post("/v2/repository/models/digits/load").raise_for_status()
+
+    return make
+
+
+@contextmanager
+def shows_seven(browser: Browser, server: httpx2.Client) -> Iterator[Page]:
+    """The page with the bundled digits' answer to a seven."""
+    with watched(browser, f"{server.base_url}/") as page:
+        page.get_by_label("Model").select_option("digits")
+        expect(page.locator("#examples button")).to_have_count(10)
+        choose(page, SEVEN, "seven.png", "image/png")
+        answered(page, "7")
+        yield page
+
+
+@in_a_browser
+def test_a_version_that_was_replaced_gives_way_to_the_one_in_its_place(browser, managed, export):
+    with shows_seven(browser, managed) as page:
+        export("2", classes=NAMES, temperature=9.0)
+        choose(page, SEVEN, "seven.png", "image/png")
+        answered(page, "seven")
+        told = Told(managed, SEVEN, "digits")
+        shown = bars(page)
+        assert shown["seven"][0] == pytest.approx(100 * told.answer["top_k"][0]["confidence"], abs=0.0501)
+        assert set(shown) <= set(NAMES)
+        assert page.locator("#model").evaluate("select => select.selectedOptions[0].text") == "digits"
+        expect(page.locator("#curl")).to_contain_text("image=@seven.png")
+        expect(page.locator("#curl")).to_contain_text("model=digits&version=2")
+        expect(page.locator("#examples button")).to_have_count(0)  # none of these classes
+        export("3")
+        page.get_by_label("Model").select_option("cifar10")
+        expect(page.locator("#examples button")).to_have_count(3)
+        page.get_by_label("Model").select_option("digits")  # whose card is gone before any image is sent
+        answered(page, "7")
+        expect(page.locator("#curl")).to_contain_text("model=digits&version=3")
+
+
+@in_a_browser
+def test_a_version_that_was_replaced_can_be_chosen_before_any_image(browser, managed, export):
+    with watched(browser, f"{managed.base_url}/") as page:
+        expect(page.locator("#examples button")).to_have_count(3)
+        export("2")
+        page.get_by_label("Model").select_option("digits")
+        expect(page.locator("#curl")).to_contain_text("model=digits&version=2")
+        expect(page.locator("#examples button")).to_have_count(10)
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#introduction")).to_be_visible()
+
+
+@in_a_browser
+@pytest.mark.parametrize("other_weights", [True, False], ids=["trained again", "calibrated again"])
+def test_files_exported_again_under_the_same_version_are_read_by_their_own_card(
+    browser, managed, export, other_weights
+):
+    before = managed.get("/model", params={"model": "digits"}).json()
+    changes = {"temperature": 3 * before["temperature"], "power": 1.25}
+    if other_weights:
+        changes |= {"classes": NAMES, "provenance": before["provenance"] | {"weights_sha256": 64 * "1"}}
+    with shows_seven(browser, managed) as page:
+        export("1", **changes)
+        told = Told(managed, SEVEN, "digits")
+        confidence = told.answer["prediction"]["confidence"]
+        choose(page, SEVEN, "seven.png", "image/png")
+        expect(page.locator("#confidence")).to_have_text(f"{100 * confidence:.1f} %")
+        page.locator("#stage-1").uncheck()
+        expect(page.locator("#changed")).to_contain_text("Without conv7")
+        require_bars(page, told, told.probabilities(lambda number, planes: 0 * planes if number == 1 else planes))
+
+
+@in_a_browser
+def test_weights_of_a_model_that_was_replaced_are_those_of_the_one_in_its_place(browser, managed, export):
+    with shows_seven(browser, managed) as page:
+        export("2", classes=NAMES)
+        page.get_by_text("What the model learned").click()
+        expect(page.locator("#weights svg")).to_contain_text("seven")
+        answered(page, "seven")
+        expect(page.locator("#problem")).to_be_hidden()
+
+
+@in_a_browser
+def test_a_model_that_stays_away_is_asked_for_twice_and_no_more(open_page):
+    page = open_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.extend(re.findall(r"/(models?|predict)\b", request.url)))
+    gone = {"title": "Not Found", "status": 404, "detail": "gone.", "code": "model_not_found", "request_id": "1"}
+    page.route("**/predict*", lambda route: route.fulfill(status=404, json=gone))
+    choose(page, CAT)
+    expect(page.locator("#problem")).to_contain_text("404 model_not_found")
+    assert asked == ["predict", "models", "model", "predict"]
+    page.unroute("**/predict*")
+    page.get_by_role("button", name="Try again").click()
+    answered(page, "cat")
+    asked.clear()
+
+    def by_another(route: Route) -> None:
+        """As of two workers that do not have the same weights: each answer is another one's than the card."""
+        answer = route.fetch()
+        body = answer.json()
+        route.fulfill(response=answer, json=body | {"model": body["model"] | {"sha256": 64 * "1"}})
+
+    page.route("**/predict*", by_another)
+    choose(page, CAT)
+    expect(page.locator("#problem")).to_contain_text("Model replaced")
+    assert asked == ["predict", "models", "model", "predict"]
+    page.unroute("**/predict*")
+    page.get_by_role("button", name="Try again").click()
+    answered(page, "cat")
+
+
+@contextmanager
+def card_held(page: Page, model: str) -> Iterator[list[Route]]:
+    """Chooses a model and holds what asks for its card: gives the routes, to be let go."""
+    address = re.compile(rf"/model\?model={model}&")
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route(address, hold)
+    page.get_by_label("Model").select_option(model)
+    while not held:
+        page.wait_for_timeout(20)
+    yield held
+    page.unroute(address)
+
+
+@in_a_browser
+def test_an_image_dropped_before_the_card_of_its_model_is_there(open_page, server):
+    page = open_page()
+    choose(page, CAT)
+    answered(page, "cat")
+    with card_held(page, "digits") as held:
+        choose(page, SEVEN, "seven.png", "image/png")
+        page.wait_for_timeout(700)  # time enough for an answer, which must not be read by the card of cifar10
+        expect(page.locator("#verdict")).to_have_text("cat")
+        for route in held:
+            route.continue_()
+        answered(page, "7")
+    told = Told(server, SEVEN, "digits")
+    page.locator("#stage-1").uncheck()
+    expect(page.locator("#changed")).to_contain_text("Without conv7")
+    require_bars(page, told, told.probabilities(lambda number, planes: 0 * planes if number == 1 else planes))
+
+
+@in_a_browser
+def test_a_card_that_fails_after_another_model_was_chosen_hides_nothing(open_page):
+    page = open_page()
+    with card_held(page, "digits") as held:
+        page.get_by_label("Model").select_option("cifar10")
+        choose(page, CAT)
+        answered(page, "cat")
+        held[0].abort()
+        page.wait_for_timeout(300)
+        expect(page.locator("#problem")).to_be_hidden()
+        expect(page.locator("#result")).to_be_visible()
+    with card_held(page, "digits") as held:  # but of the one that is selected, it is told
+        held[0].abort()
+        expect(page.locator("#problem")).to_contain_text("could not be reached")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#examples button")).to_have_count(10)
+    expect(page.locator("#result")).to_be_visible()
+
+
 @in_a_browser
 def test_the_camera_takes_a_picture(open_page):
     page = open_page(permissions=["camera"])
@@ -533,6 +718,26 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, serve, exports):
         expect(other.get_by_role("dialog")).to_be_visible()
         other.keyboard.press("Escape")
         expect(other.get_by_role("alert").filter(has_text="Unauthorized")).to_be_visible()
+
+
+@in_a_browser
+def test_what_no_header_can_bear_is_no_key(browser, serve, exports):
+    settings = Settings(exports=exports, model="cifar10", api_keys=KEY)
+    with serve(create_app(settings)) as client, watched(browser, f"{client.base_url}/") as page:
+        dialog = page.get_by_role("dialog")
+        for wrong in ("\u043a\u043b\u044e\u0447", "cl\u00e9", "two words"):
+            page.get_by_label("API key").fill(wrong)
+            page.get_by_role("button", name="Use it").click()
+            expect(dialog.get_by_role("alert")).to_contain_text("That is no key")
+            assert page.evaluate("sessionStorage.length") == 0
+        page.evaluate("sessionStorage.setItem('interflow-key', '\u043a\u043b\u044e\u0447')")  # from before
+        page.reload()
+        expect(dialog).to_be_visible()
+        expect(page.locator("#key-note")).to_be_empty()  # for the server was not asked with it
+        page.get_by_label("API key").fill(f" {KEY}\t")  # as it is pasted
+        page.keyboard.press("Enter")
+        expect(page.locator("#examples button").first).to_be_visible()
+        expect(dialog).to_be_hidden()
 
 
 @in_a_browser
