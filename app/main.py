@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         given = app.state.settings if settings else _configure(app, load_settings())
         app.state.repository = await asyncio.to_thread(load_repository, given) if repository is None else repository
         manager = app.state.manager = Manager(given, app.state.repository)
-        await manager.run(manager.follow)  # what the other workers were asked for before this one began
+        await manager.run(manager.follow)  # what the other workers were asked for while this one loaded
         Image.init()  # loads Pillow's formats now, rather than in the first request that needs one
         workers = given.decode_workers or usable_cpus(given.workers)
         app.state.decoders = Decoders(workers, given.max_queue, given.max_pixels)

@@ -3,12 +3,9 @@
 import asyncio
 import contextlib
 import ctypes
-import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from app.errors import LoadError, ModelNotFoundError
@@ -16,7 +13,7 @@ from app.repository import LoadedModel, Repository, load_model
 from app.schemas import IndexEntry
 from app.session import ModelError
 from app.settings import Settings
-from app.versions import START_POLICIES, Version, VersionPolicy, find_versions
+from app.versions import START_POLICIES, Request, Requests, Version, VersionPolicy, find_versions
 from model.contract import InterflowError
 
 SYNC_S = 0.5
@@ -45,9 +42,10 @@ class Manager:
     def __init__(self, settings: Settings, repository: Repository) -> None:
         self._settings = settings
         self._repository = repository
-        self._shared = None if settings.state_dir is None else _Requests(settings.state_dir / "models.json")
+        self._shared = None if settings.state_dir is None else Requests(settings.state_dir)
         self._default_policy = START_POLICIES[settings.versions]
-        self._policies: dict[str, VersionPolicy | None] = {}  # as requests asked; None: unload it
+        self._done = dict(repository.asked)  # the last request that was followed, by model
+        self._failed: dict[str, int] = {}  # serial numbers of requests that could not be followed
         self._seen: set[Version] = set()  # by the last poll
         self._refused: dict[Version, str] = {}  # what polls found broken, and why
         self._complaint = ""
@@ -121,35 +119,45 @@ class Manager:
         if not found:
             return  # the volume is away, perhaps: the models that are loaded go on
         for name in found | {model.card.name: [] for model in self._repository.models}:
-            policy = self._policies.get(name, self._default_policy)
+            policy = self._done[name].policy if name in self._done else self._default_policy
             if policy is not None:
                 self._follow_disk(name, found.get(name, []), policy)
         self._seen = {version for versions in found.values() for version in versions}
         self._refused = {version: reason for version, reason in self._refused.items() if version in self._seen}
 
     def follow(self) -> None:
-        """Do what other workers were asked for since the last look."""
-        if self._shared is not None:
-            for name, policy in self._shared.news():
-                try:
-                    if policy is not None:
-                        self._load(name, policy)
-                    elif self._repository.versions(name):
-                        self._unload(name)
-                    self._policies[name] = policy
-                except InterflowError as error:
-                    logger.error("another worker did it, this one could not: %s", error)
+        """Do what other workers were asked for and this one has not done; what fails is logged once and tried again."""
+        if self._shared is None:
+            return
+        for name, request in self._shared.read().items():
+            if name in self._done and self._done[name].serial == request.serial:
+                continue
+            try:
+                if request.policy is not None:
+                    self._load(name, request.policy)
+                elif self._repository.versions(name):
+                    self._unload(name)
+            except Exception as error:  # the other models go on, and the next look may go better
+                if self._failed.get(name) != request.serial:
+                    self._failed[name] = request.serial
+                    logger.error(
+                        "this worker could not do what all were asked for, and tries again: %s",
+                        error,
+                        exc_info=not isinstance(error, InterflowError),
+                    )
+            else:
+                self._done[name] = request
 
     def _ask(self, name: str, policy: VersionPolicy | None, work: Callable[[], None]) -> None:
         """Do it here first, so that who asked learns of a failure; then tell the other workers."""
         if self._shared is None:
             work()
+            self._done[name] = Request(0, policy)
         else:
             with self._shared.turn() as tell:
                 self.follow()
                 work()
-                tell(name, policy)
-        self._policies[name] = policy
+                self._done[name] = tell(name, policy)
 
     def _load(self, name: str, policy: VersionPolicy) -> None:
         there = self._found().get(name, [])
@@ -217,40 +225,3 @@ def _give_memory_back() -> None:
     """Return what was freed to the system; glibc's malloc would keep half as much again as the server needs."""
     with contextlib.suppress(OSError, AttributeError):  # another libc, which has no such call
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class _Requests:
-    """What the workers of a server were asked for: a small JSON file, by model a serial number and the policy."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._done: dict[str, int] = {}
-
-    @contextmanager
-    def turn(self) -> Iterator[Callable[[str, VersionPolicy | None], None]]:
-        """One worker at a time may change what is asked for; gives the function that writes it down."""
-        import fcntl  # noqa: PLC0415  # not on Windows, where a server has one worker
-
-        with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it up
-            yield self._tell
-
-    def news(self) -> list[tuple[str, VersionPolicy | None]]:
-        """What was written since this was last asked, by model; it counts as done."""
-        news = []
-        for name, (serial, policy) in self._read().items():
-            if serial != self._done.get(name, 0):
-                self._done[name] = serial
-                news.append((name, None if policy is None else VersionPolicy.model_validate(policy)))
-        return news
-
-    def _tell(self, name: str, policy: VersionPolicy | None) -> None:
-        everything = self._read()
-        serial = self._done[name] = everything.get(name, (0, None))[0] + 1
-        everything[name] = (serial, None if policy is None else policy.model_dump(exclude_unset=True))
-        staged = self._path.with_suffix(".new")
-        staged.write_text(json.dumps(everything))
-        staged.replace(self._path)  # whoever reads meanwhile reads the old or the new, never half
-
-    def _read(self) -> dict[str, tuple[int, dict | None]]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}

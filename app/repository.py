@@ -1,7 +1,7 @@
 """The models that are loaded: held by name and version, and swapped while requests are answered."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ from app.metrics import record_batch
 from app.schemas import ModelRef, Runtime
 from app.session import ModelError, Session
 from app.settings import Settings
-from app.versions import START_POLICIES, Version, find_versions
+from app.versions import START_POLICIES, Request, Requests, Version, find_versions
 from model.contract import ModelCard
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,14 @@ class Repository:
         models: each passed its warm-up.
         default: name of the model for requests that name none; without, the one exported last, those of reduced
             precision after all others.
+        asked: the requests that chose them, by model.
     """
 
-    def __init__(self, models: Iterable[LoadedModel] = (), default: str | None = None) -> None:
+    def __init__(
+        self, models: Iterable[LoadedModel] = (), default: str | None = None, asked: Mapping[str, Request] | None = None
+    ) -> None:
         self.models = _in_order(models)
+        self.asked = asked or {}
         self._default = default
 
     @property
@@ -141,15 +145,25 @@ def load_model(version: Version, settings: Settings) -> LoadedModel:
 def load_repository(settings: Settings) -> Repository:
     """Load and warm up what is served from the start: the newest version of every model, or all (INTERFLOW_VERSIONS).
 
+    What the workers were asked for of a model comes first: one that takes the place of another loads what that one had.
+    A version that was asked for and is no longer there is left to the manager, which says so.
+
     Raises:
         ModelError, CardError: no model, not the default one, or one that is broken; a server that starts, starts whole.
+        SettingsError: INTERFLOW_STATE_DIR cannot be used.
     """
+    asked = {} if settings.state_dir is None else Requests(settings.state_dir).read()
     found = find_versions(settings.exports)
     for name in [name for name, versions in found.items() if not versions]:
         logger.warning("%s holds no version (a folder named 1, 2, ...) and is left out.", settings.exports / name)
         del found[name]
     if settings.model is not None and settings.model not in found:
         raise ModelError(f"INTERFLOW_MODEL is {settings.model!r}, but {settings.exports} holds {', '.join(found)}.")
-    policy = START_POLICIES[settings.versions]
-    chosen = [version for versions in found.values() for version in policy.choose(versions)]
-    return Repository([load_model(version, settings) for version in chosen], settings.model)
+    chosen, followed = [], {}
+    for name, versions in found.items():
+        policy = asked[name].policy if name in asked else START_POLICIES[settings.versions]
+        if policy is not None:
+            chosen += policy.choose(versions)
+        if name in asked and (policy is None or not policy.missing(versions)):
+            followed[name] = asked[name]
+    return Repository([load_model(version, settings) for version in chosen], settings.model, followed)

@@ -23,9 +23,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import cuda
+from app.errors import ModelNotFoundError, NotReadyError
 from app.listener import BACKLOG, listen, turn_away, url
 from app.main import create_app
-from app.repository import load_repository
+from app.repository import Repository, load_repository
 from app.settings import Settings
 
 GRACE_S = 8
@@ -47,12 +48,7 @@ def serve(settings: Settings, listener: socket.socket, announce: Callable[[str],
     repository = load_repository(settings)
     app = create_app(settings, repository)
     listen(listener, settings)
-    address, model = url(listener), repository.default
-    greeting = (
-        f"serving {model.card.name} version {model.card.version} ({model.card.method.name}, "
-        f"{len(model.card.classes)} classes, {model.runtime.provider}) on {address}{settings.root_path}; "
-        f"documentation: {address}{settings.root_path}/docs"
-    )
+    greeting = _greeting(repository, url(listener) + settings.root_path)
     gc.collect()
     gc.freeze()  # what is loaded stays: walking all of it in every full collection took 5 % of the time
     gc.set_threshold(50_000, 20, 20)  # requests that wait are no garbage: with 1,000 of them, looking took 20 %
@@ -61,6 +57,19 @@ def serve(settings: Settings, listener: socket.socket, announce: Callable[[str],
         logger.critical("ended, because the GPU was lost (INTERFLOW_CUDA_LOST): to be started anew.")
         logging.shutdown()
         os._exit(1)  # Python's own end would free what lies on the GPU, which fails now, or hangs
+
+
+def _greeting(repository: Repository, address: str) -> str:
+    try:
+        model = repository.default
+    except (NotReadyError, ModelNotFoundError):  # it was unloaded by a request, which outlived the worker before
+        served = "no default model"
+    else:
+        served = (
+            f"{model.card.name} version {model.card.version} ({model.card.method.name}, "
+            f"{len(model.card.classes)} classes, {model.runtime.provider})"
+        )
+    return f"serving {served} on {address}; documentation: {address}/docs"
 
 
 class Server(uvicorn.Server):

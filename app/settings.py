@@ -149,7 +149,8 @@ class Settings(BaseSettings):
     ] = "console"
     workers: Annotated[int, Field(ge=1, description="processes of `python -m app`; they share the usable CPUs")] = 1
     state_dir: Annotated[
-        Path | None, Field(description="folder that several workers share; `python -m app` makes and removes its own")
+        Path | None,
+        Field(description="folder of load and unload requests, shared by workers and kept; none: a temporary one"),
     ] = None
     drain_s: Annotated[
         float, Field(ge=0, description="seconds from SIGTERM, with /readyz at 503, until the listener closes")

@@ -1,15 +1,17 @@
-"""What is on disk: every version of every model in the exports folder, and the policy that chooses among them."""
+"""What is on disk: every version of every model, the policy that chooses among them, and what is asked of workers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from app.errors import LoadRequestError, first_problem
 from app.session import ModelError
+from app.settings import SettingsError
 from model.contract import CARD_FILE, MODEL_FILE, VERSION_PATTERN
 
 Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -88,7 +90,8 @@ class VersionPolicy(_Part):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
-        if len(self.model_fields_set) != 1:
+        given = [getattr(self, name) for name in self.model_fields_set]
+        if len(given) != 1 or None in given:
             raise ValueError("give one of latest, all and specific")
         return self
 
@@ -129,3 +132,71 @@ def read_policy(config: str) -> VersionPolicy:
             '"all": {} or "specific": {"versions": [1]}. '
             "All else that a model's configuration could say is in its artefact."
         ) from error
+
+
+class Request(NamedTuple):
+    """The last thing that was asked for of a model."""
+
+    serial: int
+    """How many requests for it there were."""
+    policy: VersionPolicy | None
+    """None: unload it."""
+
+
+_REQUESTS = TypeAdapter(dict[str, Request])
+
+
+class Requests:
+    """What the workers of a server were asked for, by model: a small JSON file, which outlives them.
+
+    Args:
+        folder: that they share; made where there is none.
+
+    Raises:
+        SettingsError: it cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "models.json"
+        self._lock = folder / "models.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.touch()
+        except OSError as error:
+            raise SettingsError(
+                f"INTERFLOW_STATE_DIR is {folder}, which cannot be written to ({error.strerror}); expected a folder."
+            ) from error
+
+    def read(self) -> dict[str, Request]:
+        """The last request for each model.
+
+        Raises:
+            SettingsError: the file is not one that a worker wrote.
+        """
+        if not self._path.exists():
+            return {}
+        try:
+            return _REQUESTS.validate_json(self._path.read_bytes())
+        except ValidationError as error:
+            raise SettingsError(
+                f"{self._path} is not what a worker wrote{first_problem(error)}; remove it, and models are loaded by "
+                "INTERFLOW_VERSIONS."
+            ) from error
+
+    @contextmanager
+    def turn(self) -> Iterator[Callable[[str, VersionPolicy | None], Request]]:
+        """One worker at a time may change what is asked for; gives the function that writes it down."""
+        import fcntl  # noqa: PLC0415  # not on Windows, where a server has one worker
+
+        with self._lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it up
+            yield self._tell
+
+    def _tell(self, name: str, policy: VersionPolicy | None) -> Request:
+        requests = self.read()
+        serial = requests[name].serial + 1 if name in requests else 1
+        requests[name] = Request(serial, policy)
+        staged = self._path.with_suffix(".new")
+        staged.write_bytes(_REQUESTS.dump_json(requests, exclude_unset=True))
+        staged.replace(self._path)  # whoever reads meanwhile reads the old or the new, never half
+        return requests[name]

@@ -1,8 +1,8 @@
 """Several serving processes behind one listener: the parent that keeps them, and `python -m app.workers`, one of them.
 
 The parent binds the address, makes the folder that the workers share, and starts them as fresh interpreters (a fork
-would copy locks that the threads of onnxruntime hold). It loads no model itself. A worker that dies is started again;
-one that cannot start ends everything, unless others serve already.
+would copy locks that the threads of onnxruntime hold). It loads no model itself. A worker that dies is started again,
+and so is one that cannot start; before all of them were ready once, that ends everything.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ def run_workers(settings: Settings, listener: socket.socket) -> int:
     """Serve with `settings.workers` processes until SIGTERM or SIGINT; gives the exit code: 0 if all of them drained.
 
     Raises:
-        WorkerError: one could not start, and no other serves.
+        WorkerError: one could not start, before all of them were ready once.
     """
     shared = Path(tempfile.mkdtemp(prefix="interflow-"))  # for this user alone
     try:
@@ -102,7 +102,7 @@ class _Parent:
         """Run one process until it ends; gives whether nothing was lost with it, and how it ended.
 
         Raises:
-            WorkerError: it could not start, and there is no service that would go on without it.
+            WorkerError: it could not start, before all of them were ready once; later trouble may pass.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -113,7 +113,7 @@ class _Parent:
             env=os.environ
             | {
                 variable("workers"): str(self._settings.workers),
-                variable("state_dir"): str(self._shared),
+                variable("state_dir"): str(self._settings.state_dir or self._shared),
                 SHARED_FOLDER: str(self._shared / "metrics"),
             },
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which tells the workers once
@@ -131,7 +131,7 @@ class _Parent:
         self._serving.discard(number)
         mark_process_dead(process.pid, str(self._shared / "metrics"))
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if word != "ready" and not self._ending.is_set() and not (self._greeted and self._serving):
+        if word != "ready" and not self._ending.is_set() and not self._greeted:
             raise WorkerError(text or f"worker {number} ended before it was ready ({cause}).")
         return code == 0 or word != "ready", text if word == "failed" else cause
 

@@ -81,7 +81,7 @@ def page(found: Row) -> str:
 
 def _verdicts(found: Row) -> list[tuple[str, ...]]:
     """What was asked, of the strictest promise, and of the most generous one that kept within `MOST_LOST` on test."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, model in found["models"].items():
         if model["precision"] != "float32":
             continue

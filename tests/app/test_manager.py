@@ -413,14 +413,36 @@ def test_what_one_worker_is_asked_for_the_others_do(managed, add, tmp_path):
     assert loaded(first) == loaded(second) == [("digits", "2")]
 
 
-def test_a_worker_that_starts_later_catches_up(managed, add, tmp_path):
+def test_a_worker_that_starts_later_starts_with_what_was_asked_for(managed, add, tmp_path):
     add("1", name="other")
+    add("2")
     one, _ = managed(state_dir=tmp_path)
     one.unload("other")
+    one.load("digits", SPECIFIC_1)
     later, repository = managed(state_dir=tmp_path)
+    before = repository.models
+    assert loaded(repository) == [("digits", "1")]
+    later.follow()
+    for _ in range(2):
+        later.poll()
+    assert repository.models == before  # nothing is loaded twice, and polls keep to it
+    one.load("other")
+    later.follow()
     assert loaded(repository) == [("digits", "1"), ("other", "1")]
+
+
+def test_a_worker_that_starts_later_misses_a_version_that_is_gone_until_it_is_back(managed, add, tmp_path, logs):
+    folder = add("2")
+    one, _ = managed(state_dir=tmp_path)
+    one.load("digits", SPECIFIC_BOTH)
+    folder.rename(folder.with_name(".2"))
+    later, repository = managed(state_dir=tmp_path)
     later.follow()
     assert loaded(repository) == [("digits", "1")]
+    assert "'digits', version 2, is not in" in logs.text
+    folder.with_name(".2").rename(folder)
+    later.follow()
+    assert loaded(repository) == [("digits", "1"), ("digits", "2")]
 
 
 def test_a_worker_does_what_others_were_asked_for_before_its_own(managed, add, tmp_path):
@@ -444,17 +466,44 @@ def test_what_fails_at_the_worker_that_is_asked_no_other_tries(managed, add, tmp
     assert not [record for record in logs.records if record.levelname == "ERROR"]
 
 
-def test_a_worker_that_cannot_follow_says_so_and_keeps_what_it_has(managed, add, tmp_path, logs):
+def test_a_worker_that_cannot_follow_says_so_once_keeps_what_it_has_and_tries_again(managed, add, tmp_path, logs):
     (one, _), (two, second) = managed(state_dir=tmp_path), managed(state_dir=tmp_path)
     folder = add("2")
+    whole = (folder / "model.onnx").read_bytes()
     one.load("digits")
     spoil(folder)
     two.follow()
     two.follow()
     assert loaded(second) == [("digits", "1")]
-    assert [record.getMessage() for record in logs.records if "another worker did it" in record.getMessage()] == [
-        record.getMessage() for record in logs.records if record.levelname == "ERROR"
-    ]
+    (error,) = [record.getMessage() for record in logs.records if record.levelname == "ERROR"]
+    assert error.startswith("this worker could not do what all were asked for, and tries again: ")
+    (folder / "model.onnx").write_bytes(whole)
+    two.follow()
+    assert loaded(second) == [("digits", "2")]
+    one.load("digits")
+    spoil(folder)
+    two.follow()
+    assert len([record for record in logs.records if record.levelname == "ERROR"]) == 2  # it is another request
+
+
+def test_a_worker_that_cannot_follow_one_model_follows_the_others(managed, add, tmp_path, logs, monkeypatch):
+    add("1", name="other")
+    (one, _), (two, second) = managed(state_dir=tmp_path), managed(state_dir=tmp_path)
+    one.load("digits")
+    one.unload("other")
+    before = second.get("digits")
+    with monkeypatch.context() as patch:
+        patch.setattr("app.manager.load_model", lambda version, settings: _fail())
+        two.follow()
+    assert second.models == (before,)
+    assert "Traceback" in logs.text
+    assert "MemoryError" in logs.text
+    two.follow()
+    assert second.get("digits") is not before
+
+
+def _fail():
+    raise MemoryError
 
 
 def test_without_other_workers_following_is_nothing():

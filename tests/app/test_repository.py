@@ -7,7 +7,8 @@ import pytest
 from app.errors import ModelNotFoundError, NotReadyError
 from app.repository import Repository, load_repository
 from app.session import ModelError
-from app.settings import Settings
+from app.settings import Settings, SettingsError
+from app.versions import START_POLICIES, Requests, VersionPolicy
 from model.contract import CARD_FILE, ModelCard
 
 
@@ -126,3 +127,55 @@ def test_one_broken_model_stops_the_start(artefact, rewrite_card):
     (broken / "model.onnx").write_bytes(b"")
     with pytest.raises(ModelError, match="broken"):
         load_repository(Settings(exports=artefact.parents[1]))
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Writes down what the workers were asked for; gives the settings of one that starts then."""
+
+    def tell(artefact, **policies):
+        with Requests(tmp_path / "state").turn() as told:
+            for name, policy in policies.items():
+                told(name, policy)
+        return Settings(exports=artefact.parents[1], state_dir=tmp_path / "state")
+
+    return tell
+
+
+def test_what_workers_were_asked_for_comes_before_the_setting(artefact, rewrite_card, ask):
+    """What is broken, and not asked for, is not looked at."""
+    for name, version in (("digits", "2"), ("gone", "1")):
+        (copy_as(artefact, rewrite_card, name, version) / "model.json").write_text("{")
+    for version in ("1", "2"):
+        copy_as(artefact, rewrite_card, "other", version)
+    repository = load_repository(
+        ask(artefact, digits=VersionPolicy.model_validate({"specific": {"versions": [1]}}), gone=None)
+    )
+    assert [(model.card.name, model.card.version) for model in repository.models] == [("digits", "1"), ("other", "2")]
+    assert repository.asked.keys() == {"digits", "gone"}
+    repository.close()
+
+
+def test_versions_that_were_asked_for_and_are_gone_are_left_to_the_manager(artefact, ask):
+    settings = ask(
+        artefact,
+        digits=VersionPolicy.model_validate({"specific": {"versions": [1, 7]}}),
+        gone=START_POLICIES["newest"],
+    )
+    repository = load_repository(settings)
+    assert [model.card.version for model in repository.models] == ["1"]
+    assert repository.asked == {}
+    repository.close()
+
+
+def test_everything_was_unloaded(artefact, ask):
+    assert not load_repository(ask(artefact, digits=None)).ready
+
+
+def test_a_folder_of_requests_is_made_at_the_start_or_refused(artefact, tmp_path):
+    settings = Settings(exports=artefact.parents[1], state_dir=tmp_path / "a" / "b")
+    load_repository(settings).close()
+    assert settings.state_dir.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="INTERFLOW_STATE_DIR is"):
+        load_repository(Settings(exports=artefact.parents[1], state_dir=tmp_path / "file"))

@@ -6,7 +6,8 @@ import pytest
 
 from app.errors import LoadRequestError
 from app.session import ModelError
-from app.versions import START_POLICIES, find_versions, read_policy
+from app.settings import SettingsError
+from app.versions import START_POLICIES, Request, Requests, find_versions, read_policy
 
 
 @pytest.fixture
@@ -85,6 +86,8 @@ def test_versions_that_a_policy_names_and_that_are_not_there(exports):
         "{}",
         '{"version_policy": {}}',
         '{"version_policy": {"all": {}, "latest": {}}}',
+        '{"version_policy": {"latest": null}}',
+        '{"version_policy": {"all": {}, "latest": null}}',
         '{"version_policy": {"latest": {"num_versions": 0}}}',
         '{"version_policy": {"specific": {"versions": []}}}',
         '{"version_policy": {"newest": {}}}',
@@ -94,3 +97,40 @@ def test_versions_that_a_policy_names_and_that_are_not_there(exports):
 def test_other_configurations_are_refused(config):
     with pytest.raises(LoadRequestError, match=r"`config` cannot be used .*expected JSON such as"):
         read_policy(config)
+
+
+# --- what is asked of workers ---
+
+
+def test_requests_outlive_who_wrote_them(tmp_path):
+    pinned = read_policy('{"version_policy": {"specific": {"versions": [1, 3]}}}')
+    written = Requests(tmp_path / "made" / "with its parents")
+    assert written.read() == {}
+    with written.turn() as tell:
+        tell("digits", pinned)
+        tell("digits", START_POLICIES["newest"])
+        told = {
+            "digits": tell("digits", pinned),
+            "other": tell("other", None),
+            "all": tell("all", START_POLICIES["all"]),
+        }
+    assert told == {
+        "digits": Request(3, pinned),
+        "other": Request(1, None),
+        "all": Request(1, START_POLICIES["all"]),
+    }
+    assert Requests(tmp_path / "made" / "with its parents").read() == told
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_folder_of_requests_that_cannot_be_had_is_named(tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=f"INTERFLOW_STATE_DIR is {tmp_path / folder}, which cannot be written to"):
+        Requests(tmp_path / folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"digits": 1}', '{"digits": [1, {"latest": null}]}'])
+def test_requests_that_no_worker_wrote_are_refused(tmp_path, content):
+    (tmp_path / "models.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"models.json is not what a worker wrote \(.*\); remove it"):
+        Requests(tmp_path).read()

@@ -1,7 +1,9 @@
 """Several workers: one address, one sum of metrics, replaced when they die, and an end that is everybody's."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -160,10 +162,87 @@ def test_a_replacement_that_cannot_start_does_not_end_the_others(workers, artefa
             if len(complaints) == 2:
                 break
     assert ask("POST", "/predict", content=IMAGE).status_code == 200
-    os.kill(children(process)[0], signal.SIGKILL)  # the last that serves: now nobody can
+
+
+def test_a_server_whose_workers_all_died_waits_for_one_that_can_start(workers, artefact):
+    process, ask = workers(exports=artefact.parents[1])
+    whole = (artefact / "model.onnx").rename(artefact / "away.onnx")
+    for pid in children(process):
+        os.kill(pid, signal.SIGKILL)
+    complaints = (line for line in process.stderr if "model.onnx is missing" in line)
+    for _ in range(3):
+        next(complaints)
+    whole.rename(artefact / "model.onnx")
+    assert ask("POST", "/predict", content=IMAGE).status_code == 200
+    process.terminate()
+    assert finish(process)[0] == 0
+
+
+def test_a_replacement_loads_what_was_asked_for(workers, artefact):
+    """A newer export that is broken was answered with the version before it, and with that it goes on."""
+    process, ask = workers(exports=artefact.parents[1], management_key="sesame")
+    broken = artefact.with_name("2")
+    shutil.copytree(artefact, broken)
+    (broken / "model.json").write_text("{")
+
+    def load(**parameters):
+        answer = ask(
+            "POST",
+            "/v2/repository/models/digits/load",
+            headers={"X-API-Key": "sesame"},
+            json={"parameters": parameters},
+        )
+        return answer.status_code
+
+    assert load() == 400
+    assert load(config=json.dumps({"version_policy": {"specific": {"versions": [1]}}})) == 200
+    before = children(process)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    while value(ask("GET", "/metrics").text, 'interflow_model_loaded{model="digits",version="1"}') < 2:
+        time.sleep(0.05)
+    assert not set(before) & set(children(process))
+    process.terminate()
     code, _, errors = finish(process)
-    assert code == 1
-    assert errors.splitlines()[-1].startswith("error: ")
+    assert code == 0
+    assert "2/model.json" not in errors
+
+
+def test_a_replacement_leaves_unloaded_what_was_unloaded(workers):
+    process, ask = workers(management_key="sesame")
+    path, key = "/v2/repository/models/digits", {"X-API-Key": "sesame"}
+    assert ask("POST", f"{path}/unload", headers=key).status_code == 200
+    for pid in children(process):
+        os.kill(pid, signal.SIGKILL)
+    assert ask("GET", "/readyz").status_code == 503
+    assert ask("POST", f"{path}/load", headers=key).status_code == 200
+    process.terminate()
+    assert finish(process)[0] == 0
+
+
+def test_requests_in_a_folder_that_is_given_outlive_the_server(workers, artefact, rewrite_card, tmp_path):
+    newer = artefact.with_name("2")
+    shutil.copytree(artefact, newer)
+    rewrite_card(newer, version="2")
+    given = {"exports": artefact.parents[1], "management_key": "sesame", "state_dir": tmp_path / "state" / "of digits"}
+    for expected in ("2", "1"):
+        process, ask = workers(**given)
+        assert {ask("GET", "/model").json()["version"] for _ in range(10)} == {expected}
+        config = json.dumps({"version_policy": {"specific": {"versions": [1]}}})
+        path, key = "/v2/repository/models/digits/load", {"X-API-Key": "sesame"}
+        assert ask("POST", path, headers=key, json={"parameters": {"config": config}}).status_code == 200
+        process.terminate()
+        assert finish(process)[0] == 0
+        assert list(tmp_path.glob("interflow-*")) == []
+        assert (tmp_path / "state" / "of digits" / "models.json").exists()
+
+
+def test_a_folder_of_requests_that_cannot_be_made_ends_the_start(start, tmp_path):
+    (tmp_path / "file").touch()
+    code, output, errors = finish(start("--workers", "2", state_dir=tmp_path / "file"))
+    assert (code, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert line.startswith(f"error: INTERFLOW_STATE_DIR is {tmp_path / 'file'}, which cannot be written to")
 
 
 def test_a_bad_number_of_workers(start):
