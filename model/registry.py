@@ -16,6 +16,9 @@ from model.contract import InterflowError
 from model.interflow import Interflow
 from model.methods import Method, find_method
 
+NO_OPTIONS = {"in_channels", "width", "image_size", "afi", "fusion", "mrla"}
+"""Of a backbone's arguments, those that have a name of their own here, or in the catalogue a network of its own."""
+
 LIBRARIES: dict[str, type[TimmNetwork | TorchvisionNetwork]] = {"timm": TimmNetwork, "torchvision": TorchvisionNetwork}
 
 
@@ -120,7 +123,7 @@ def _build(
     build = BACKBONES[name].build
     arguments = inspect.signature(build).parameters
     fixed = build.keywords if isinstance(build, partial) else {}
-    own = [key for key in arguments if key not in ("in_channels", "width", "image_size", *fixed)]
+    own = [key for key in arguments if key not in NO_OPTIONS and key not in fixed]
     for key in options:
         if key not in own:
             raise InterflowError(f"{name} has no option {key!r}; it has {', '.join(own) or 'none'}.")

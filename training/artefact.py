@@ -1,6 +1,7 @@
 """From a finished run to a model version that the server, or Triton, loads."""
 
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -18,10 +19,12 @@ from model.interflow import Interflow, InterflowOutput, Normalize
 from model.methods import find_method
 from model.registry import create_model
 from training.config_pbtxt import config_pbtxt
-from training.files import write_text
+from training.files import is_abandoned, write_text
 
 OPSET = 20
 CONFIG_FILE = "config.pbtxt"
+STAGED = ".staged-"
+"""Begins the name of a version's folder while it is written; then comes the process that writes it."""
 
 
 def network_of(card: ModelCard) -> Interflow:
@@ -138,7 +141,11 @@ def write_artefact(exports: Path, card: ModelCard, model: bytes) -> Path:
     """
     folder = exports / card.name
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder))
+    for leftover in folder.glob(f"{STAGED}*-*"):  # of a process that was killed
+        pid = leftover.name.removeprefix(STAGED).partition("-")[0]
+        if pid.isdecimal() and is_abandoned(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    stage = Path(tempfile.mkdtemp(prefix=f"{STAGED}{os.getpid()}-", dir=folder))
     try:
         stage.chmod(0o755)  # mkdtemp's 0700 would hide the model from a server that runs as another user
         (stage / MODEL_FILE).write_bytes(model)

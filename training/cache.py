@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.contract import METADATA_KEY, InputSpec
-from training.files import replacing
+from training.files import remove_leftovers, replacing
 
 FOLDER = ".decoded"
 """Below a recipe's `data_dir`. It can be deleted at any time."""
@@ -61,6 +61,7 @@ class DecodedCache:
         metadata = {METADATA_KEY: json.dumps({"files": self._files(), "digest": decoded.digest}, sort_keys=True)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)  # each may be as large as the set
             with replacing(self.path) as temporary:
                 save_file({"images": decoded.images}, temporary, metadata=metadata)
         except (SafetensorError, OSError) as error:

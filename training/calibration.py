@@ -5,6 +5,7 @@ All from the outputs of one pass over a data set, with the functions that the se
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def fit_confidence(predictions: Predictions) -> tuple[float, float]:
     """Temperature and power under which `fused_confidences` are calibrated; they never change the ranking.
 
     The most likely ones under Platt's targets, as in `fit_reading_scales`, and a prior that draws the power to 1, the
-    plain temperature. A network no better than chance gets 1 and 1.
+    plain temperature. A network no better than chance gets 1 and 1; one whose gaps teach nothing of the power, so that
+    the search runs away, its plain temperature and 1.
     """
     unit = fit_temperature(predictions)
     gaps = torch.from_numpy(-below_highest(predictions.logits, unit, 1))
@@ -95,6 +97,8 @@ def fit_confidence(predictions: Predictions) -> tuple[float, float]:
 
     minimize(loss, logarithms)
     factor, power = logarithms.detach().exp().tolist()
+    if not (0 < factor < inf and 0 < power < inf):  # the search ran away
+        return unit, 1.0
     return unit / factor, power
 
 

@@ -18,6 +18,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """A whole number from 0, as an option's type."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
+
+
 def run(main: Callable[[], int | None], *, together: bool = False) -> None:
     """Call `main` and exit with its status; refusals become one line on stderr and status 1, without a traceback.
 

@@ -84,7 +84,7 @@ def load_data(recipe: Recipe) -> ImageData:
         InterflowError: nothing there, no images, one class, classes that differ between the splits, damaged images
             (unless the recipe skips them), or too few to hold some out; names the place.
     """
-    name, spec = recipe.data, input_spec(recipe)
+    spec = input_spec(recipe)
     if recipe.data == "digits":
         found = _digits(spec)
     elif recipe.data in NAMED_SETS:
@@ -101,9 +101,7 @@ def load_data(recipe: Recipe) -> ImageData:
         else:
             found = _download(recipe.data, named, recipe.data_dir, spec)
     else:
-        root = Path(recipe.data)
-        found = read_folder(root, spec, recipe)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().name).strip("._-") or "images"
+        found = read_folder(Path(recipe.data), spec, recipe)
 
     for name_of_class, count in zip(
         found.classes, found.test.labels.bincount(minlength=len(found.classes)), strict=True
@@ -116,7 +114,7 @@ def load_data(recipe: Recipe) -> ImageData:
         mean, std = _statistics(train, recipe.workers)
         spec = spec.model_copy(update={"mean": mean, "std": std})
     return ImageData(
-        name=name,
+        name=name_of(recipe.data),
         classes=found.classes,
         spec=spec,
         train=train,
@@ -125,6 +123,18 @@ def load_data(recipe: Recipe) -> ImageData:
         skipped=found.skipped,
         fingerprint=hashlib.sha256("\n".join((*found.classes, found.digest)).encode()).hexdigest(),
     )
+
+
+def is_named(data: str) -> bool:
+    """Whether a recipe's `data` is the name of a set, and no folder."""
+    return data == "digits" or data in NAMED_SETS
+
+
+def name_of(data: str) -> str:
+    """What cards call a recipe's `data`: the set's name, or the folder's in characters that a model's may have."""
+    if is_named(data):
+        return data
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).resolve().name).strip("._-") or "images"
 
 
 def input_spec(recipe: Recipe) -> InputSpec:

@@ -26,7 +26,7 @@ from training.grid import SPEED_ONLY, hardware
 from training.loop import StoppedError, Training, choose_device, train
 from training.networks import multiply_adds
 from training.recipe import Recipe, load_recipe
-from training.run import Run, newest_finished
+from training.run import CUT_FILE, Run, newest_finished
 from training.shorten import (
     TOLERANCE,
     Trained,
@@ -41,9 +41,6 @@ from training.shorten import (
 from training.train import build_network
 
 RESULTS = Path("benchmarks/results")
-CUT_FILE = "cut.json"
-"""In a fine-tuned run's folder: what it was cut from."""
-
 SLOWER = 10
 """Fine-tuning's learning rate is so many times lower than the run's: what is there is to be kept."""
 
@@ -262,24 +259,23 @@ def fine_tune(plan: Plan, trained: Trained) -> None:
 
     Raises:
         StoppedError: SIGINT or SIGTERM came; the state is saved.
-        InterflowError: as `train`.
+        InterflowError: as `train`, or (BusyError) another process has the run.
     """
     run, recipe, data = plan.run, plan.recipe, trained.data
     if run.card.is_file():
         return
     device = choose_device(recipe.device)
     network = build_network(recipe, len(data.classes), data.spec, begun=True)
-    if not run.recipe.is_file():
+
+    def begin() -> None:
         # The checkpoint first, so that the recipe, which makes the folder a run, finds the weights to begin with: then
         # `train.py --resume` goes on with it as with any other.
-        run.folder.mkdir(parents=True, exist_ok=True)
         run.checkpoint.unlink(missing_ok=True)
         network.load_state_dict(shorten(trained.network, trained.card, plan.stage)[0].state_dict())
         Training(network, data, recipe, run, device, stop=[], quiet=True).save()
         write_text(run.folder / CUT_FILE, json.dumps(plan.origin) + "\n")
-        with Run.create(run.folder, recipe):
-            pass
-    with Run.open(run.folder):
+
+    with Run.open(run.folder) if run.recipe.is_file() else Run.create(run.folder, recipe, begin):
         train(network, data, recipe, run, device)
         finish(network, data, recipe, run)
 

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--data-dir", type=Path, help=f"{Recipe.model_fields['data_dir'].description} (default: data)")
-    add("--workers", type=int, help=Recipe.model_fields["workers"].description)
+    add("--workers", type=cli.whole_number, help=Recipe.model_fields["workers"].description)
     add("--skip-bad-images", action="store_true", help=Recipe.model_fields["skip_bad_images"].description)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="that a run is evaluated on")
     settings = vars(parser.parse_args(arguments))

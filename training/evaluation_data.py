@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from model.contract import InterflowError, ModelCard
-from training.data import NAMED_SETS, load_data
+from training.data import NAMED_SETS, is_named, load_data, name_of
 from training.folders import TRAIN
 from training.recipe import Recipe
+from training.run import Run
+from training.shorten import require_own_images
 from training.splits import FolderImages, Split
 from training.subjects import Subject
 
@@ -46,18 +48,18 @@ def load_images(subject: Subject, data: str | None, split: str | None, settings:
         settings: of a recipe, such as data_dir and workers, over those of the run.
 
     Raises:
-        InterflowError: no such data or split, other classes than the network's, colour images for a grey network, or as
-            `load_data`.
+        InterflowError: no such data or split, other classes than the network's, colour images for a grey network, a
+            run's own data that has changed since, or as `load_data`.
     """
     card, own = subject.card, subject.recipe
     name = data or (own.data if own else card.metrics.data)
-    if data is None and own is None and name not in {"digits", *NAMED_SETS}:
+    if data is None and own is None and not is_named(name):
         raise InterflowError(f"{subject.folder} was trained on the folder {name}, wherever that is; give it by --data.")
-    is_own = name == own.data if own else Path(name).name == card.metrics.data
+    is_own = _place(name) == _place(own.data) if own else name_of(name) == card.metrics.data
     _require_colours(name, card, is_own)
     recipe = _recipe(card, own if is_own else None, name, settings)
     if split is None:
-        divided = name in {"digits", *NAMED_SETS} or (Path(name) / TRAIN).is_dir()
+        divided = is_named(name) or (Path(name) / TRAIN).is_dir()
         split = "test" if is_own or divided else "all"
     if split == "val" and not (is_own and own and own.val_fraction):
         raise InterflowError(
@@ -65,6 +67,8 @@ def load_images(subject: Subject, data: str | None, split: str | None, settings:
             f"choose test, or evaluate the run that held some out."
         )
     found = load_data(recipe)
+    if is_own and own:
+        require_own_images(Run(subject.folder), recipe, found)
     if found.spec != card.input:
         raise InterflowError(f"{subject.folder}: its input {card.input} is none that images are read to here.")
     order = _class_indices(found.classes, card, found.name)
@@ -73,6 +77,11 @@ def load_images(subject: Subject, data: str | None, split: str | None, settings:
     images = _joined(chosen) if len(chosen) > 1 else chosen[0]
     images = Split(images.images, order[images.labels], images.paths)
     return EvaluationData(found.name, split, images, found.skipped, is_own and split in ("train", "all"))
+
+
+def _place(data: str) -> str | Path:
+    """A set's name, or where a folder is, however it is written."""
+    return data if is_named(data) else Path(data).resolve()
 
 
 def _recipe(card: ModelCard, own: Recipe | None, name: str, settings: dict[str, Any]) -> Recipe:

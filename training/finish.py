@@ -117,4 +117,4 @@ def _samples(data: ImageData) -> np.ndarray:
     """Test images from all over the split, uint8 (SAMPLES, height, width, channels)."""
     indices = torch.linspace(0, len(data.test) - 1, SAMPLES).round().long()
     images, _ = next(data.test.batches([indices], workers=0))
-    return images.numpy()
+    return images.cpu().numpy()  # in a grid, they lie on the device

@@ -51,7 +51,8 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
 
     Raises:
         InterflowError: no folder, fewer than two classes, a class without images, other classes in test than in train,
-            or images that cannot be read (named), unless the recipe skips them.
+            `train/` and `test/` without class folders in them, or images that cannot be read (named), unless the recipe
+            skips them.
     """
     if not root.is_dir():
         raise InterflowError(
@@ -60,6 +61,11 @@ def read_folder(root: Path, spec: InputSpec, recipe: Recipe) -> FoundSet:
         )
     has_splits = (root / TRAIN).is_dir() and any(path.is_dir() for path in (root / TRAIN).iterdir())
     classes, paths, labels = _list_images(root / TRAIN if has_splits else root)
+    if not has_splits and set(classes) <= {TRAIN, *TEST}:
+        raise InterflowError(
+            f"{root}: has {' and '.join(f'{name}/' for name in classes)} but no class folders in them; expected one "
+            f"folder of images for each class in both."
+        )
     test_root = next((root / name for name in TEST if has_splits and (root / name).is_dir()), None)
     if test_root and test_root.name == TEST[0] and any((root / name).is_dir() for name in TEST[1:]):
         print(f"note: {root} has a validation folder beside {test_root.name}/; it is not used.")

@@ -160,8 +160,7 @@ class Training:
             while self.epoch < self.recipe.epochs:
                 started, first = time.perf_counter(), self.step
                 yield from self._train_epoch()
-                size = self.recipe.batch_size
-                row = self._row(min(size * self.step, len(self.data.train)) - size * first, started)
+                row = self._row(self._seen(self.step) - self._seen(first), started)
                 self.epoch, self.step = self.epoch + 1, 0
                 self.state.totals.zero_()
                 self.rows.append(row)
@@ -248,6 +247,10 @@ class Training:
 
     def _mean(self, index: int) -> float:
         return float(self.state.totals[index] / self.state.totals[0])
+
+    def _seen(self, step: int) -> int:
+        """Images of an epoch's first steps; the last batch may be a smaller one."""
+        return min(self.recipe.batch_size * step, len(self.data.train))
 
     def _row(self, trained: int, started: float) -> Row:
         """The epoch's figures. A stage's accuracy is its contribution's: its reading before scales are fitted."""

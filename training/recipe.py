@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         "data", None, "1 grey, 3 RGB; the set's own, or 3 for a folder"
     )
     resize: Literal["crop", "pad", "squash"] = _setting("data", "crop", "crop, pad or squash, of other shapes")
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = _setting(
+    mean: tuple[Probability, ...] | None = _setting(
         "data", None, "per channel, of pixels scaled to 0..1; what the weights of --init expect, or the images' own"
     )
     std: tuple[Positive, ...] | None = _setting("data", None, "as --mean, with which it comes")

@@ -312,7 +312,9 @@ def _read(folder: Path, _changed: int) -> Finished:
     if (folder / CONDITIONS).is_file():
         conditions = json.loads((folder / CONDITIONS).read_text(encoding="utf-8"))
     images = conditions.get("train_images", math.nan)
-    seconds = sum(images / row["images_per_second"] for row in run.history())
+    rates = [row["images_per_second"] for row in run.history()]
+    # stopped after the last step of an epoch, a run went on with no image of it left to train on
+    seconds = sum(images / rate for rate in rates if rate > 0)
     return Finished(run.finished_card(), load_recipe(run.recipe), conditions, seconds)
 
 

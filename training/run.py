@@ -7,8 +7,10 @@ import json
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from training.files import write_text
 from training.recipe import Recipe
 
 RUNS = Path("runs")
+CUT_FILE = "cut.json"
+"""In the folder of a run that `training/depth.py` fine-tuned: what it was cut from."""
 SAMPLES = 20
 """Test images kept with a run: batches of 1, 2 and 17 for export to check the artefact with."""
 
@@ -56,8 +60,13 @@ class Run:
 
     @classmethod
     @contextmanager
-    def create(cls, folder: Path, recipe: Recipe) -> Iterator["Run"]:
+    def create(cls, folder: Path, recipe: Recipe, begin: Callable[[], None] | None = None) -> Iterator["Run"]:
         """Make the folder and save the recipe in it; other processes are kept out while the context lasts.
+
+        Args:
+            folder: of the run.
+            recipe: to save.
+            begin: writes what is to be there before the recipe, which makes the folder a run.
 
         Raises:
             BusyError: another process has put a run there meanwhile.
@@ -67,6 +76,8 @@ class Run:
         with run._locked():
             if run.recipe.exists():
                 raise BusyError(f"{folder}: another process has begun a run there meanwhile; start again.")
+            if begin:
+                begin()
             write_text(run.recipe, recipe.to_yaml())
             yield run
 
@@ -171,17 +182,25 @@ def choose_folder(out: Path | None, recipe: Recipe) -> Path:
 
 
 def newest_finished(runs: Path = RUNS) -> Run:
-    """The run whose card is the latest.
+    """The run whose card is the latest; a fine-tuned cut of one only where there are no others.
+
+    A card that cannot be read is left out, and it is said.
 
     Raises:
         InterflowError: none is finished.
     """
-    finished = [Run(path.parent) for path in runs.glob("*/card.json")]
+    finished: list[tuple[bool, datetime, Run]] = []
+    for path in sorted(runs.glob("*/card.json")):
+        run = Run(path.parent)
+        try:
+            finished.append((not (run.folder / CUT_FILE).exists(), run.finished_card().provenance.created, run))
+        except InterflowError as error:
+            print(f"note: left out: {error}")
     if not finished:
         begun = sorted(path.parent for path in runs.glob("*/recipe.yaml"))
         how = f"finish one with `{Run(begun[-1]).resume_command}`" if begun else "train one: `python training/train.py`"
         raise InterflowError(f"no finished run below {runs}/; {how}.")
-    return max(finished, key=lambda run: run.finished_card().provenance.created)
+    return max(finished, key=itemgetter(0, 1))[2]
 
 
 def git_revision() -> str | None:

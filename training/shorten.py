@@ -98,12 +98,21 @@ def data_of(run: Run, recipe: Recipe) -> ImageData:
             f"{run.folder}: a network in another form is fitted anew, which takes the run's own images; put them back "
             f"where {run.recipe} says. {error}"
         ) from error
+    require_own_images(run, recipe, data)
+    return data
+
+
+def require_own_images(run: Run, recipe: Recipe, data: ImageData) -> None:
+    """Check that what is loaded by a run's recipe is what the run was trained on, or its splits would be others.
+
+    Raises:
+        InterflowError: it is not.
+    """
     if data.fingerprint != read_progress(run.checkpoint).data:
         raise InterflowError(
             f"{run.folder}: the images of {recipe.data} are not those that the run was trained on; put them back, or "
             f"train a new run."
         )
-    return data
 
 
 def require_cuttable(card: ModelCard) -> None:

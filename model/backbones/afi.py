@@ -19,6 +19,7 @@ from model.backbones.backbone import Backbone
 from model.backbones.chain import Block, Memory
 from model.contract import InterflowError
 from model.layers.afi import AFI
+from model.options import require_count, require_flag, require_stages
 
 ChannelAttention = Literal["se", "ge", "cbam", "eca"]
 
@@ -53,14 +54,19 @@ class AFISettings:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reduction, int) or self.reduction < 1:
-            raise InterflowError(f"reduction {self.reduction!r}: expected a whole number from 1 up.")
+        require_count("reduction", self.reduction)
         if self.attention is not None and self.attention not in get_args(ChannelAttention):
             raise InterflowError(
                 f"attention {self.attention!r}: choose one of {', '.join(get_args(ChannelAttention))}."
             )
         if self.first not in ("slice", "own"):
             raise InterflowError(f"first {self.first!r}: choose slice or own.")
+        require_flag("interleaved", self.interleaved)
+
+    def require_stages(self, count: int) -> None:
+        """Refuse, by an InterflowError, stages that a network of so many does not have."""
+        if self.stages is not None:
+            require_stages(self.stages, count)
 
     def features(self, channels: int) -> int:
         """D, of a first convolution of C channels."""

@@ -13,6 +13,7 @@ from model.backbones.chain import Block, Chain, Memory
 from model.contract import InterflowError
 from model.layers.convolution import scaled
 from model.layers.mrla import MRLABase, MRLALight
+from model.options import require_rate
 
 PATCH, HEAD, BLOCKS, STAGE = 16, 64, 12, 4
 """Pixels a side of a patch, channels of a self-attention head, transformer blocks, and blocks to a stage."""
@@ -115,6 +116,7 @@ class DeiT(Chain):
         base: bool,
         drop_path: float = 0.1,
     ) -> None:
+        require_rate("drop_path", drop_path)
         channels = scaled(192, width, HEAD)
         height, across = image_size or (224, 224)
         stem = Tokens(in_channels, channels, (height, across))

@@ -65,6 +65,8 @@ class MobileNetV2(Chain):
     """
 
     def __init__(self, *, in_channels: int, width: float, afi: AFISettings | None = None) -> None:
+        if afi is not None:
+            afi.require_stages(len(ROWS))
         stem = scaled(STEM, width)
         previous, depth, stages = stem, 1, []
         for s, (expansion, channels, blocks, row_stride) in enumerate(ROWS, start=1):

@@ -10,6 +10,7 @@ from model.backbones.resnet import FusionSettings, merge
 from model.initialization import he
 from model.layers.aff import AFF, IAFF, Fusion
 from model.layers.convolution import scaled
+from model.options import require_count, require_stages
 
 WIDTHS = (16, 32, 64)
 
@@ -67,6 +68,9 @@ class PreActResNet(Chain):
     def __init__(
         self, *, in_channels: int, width: float, layers: int, times: int, fusion: FusionSettings | None = None
     ) -> None:
+        require_count("times", times)
+        if fusion is not None:
+            require_stages(fusion.stages, len(WIDTHS))
         previous, depth, stages = scaled(WIDTHS[0] * times, width), 1, []
         stem = nn.Sequential(
             nn.BatchNorm2d(in_channels, affine=False), nn.Conv2d(in_channels, previous, 3, 1, 1, bias=False)

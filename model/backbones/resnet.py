@@ -15,6 +15,7 @@ from model.initialization import he
 from model.layers.aff import AFF, FUSIONS, IAFF, Fusion, shares
 from model.layers.convolution import conv_bn, scaled
 from model.layers.mrla import MRLABase, MRLALight
+from model.options import require_count, require_flag, require_rate, require_stages
 
 RESNET50, RESNET101, RESNET152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
 """Blocks of the four stages."""
@@ -76,8 +77,7 @@ class FusionSettings:
     reduction: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reduction, int) or self.reduction < 1:
-            raise InterflowError(f"reduction {self.reduction!r}: expected a whole number from 1 up.")
+        require_count("reduction", self.reduction)
 
     def module(self, stage: int, channels: int) -> AFF | IAFF | None:
         """For one block of a stage; None where it adds."""
@@ -118,6 +118,7 @@ class BaseRetrieval(nn.Module):
 
     def __init__(self, channels: int, dim_per_head: int, drop_path: float, relu: bool = True) -> None:
         super().__init__()
+        require_flag("relu", relu)
         self.layer = MRLABase(channels, dim_per_head)
         self.norm = nn.BatchNorm2d(channels)
         self.activation = nn.ReLU(inplace=True) if relu else nn.Identity()
@@ -132,8 +133,7 @@ class BaseRetrieval(nn.Module):
 
 
 def _drop_path(rate: float) -> nn.Module:
-    if not 0 <= rate < 1:
-        raise InterflowError(f"drop_path {rate!r}: expected a probability from 0 up to less than 1.")
+    require_rate("drop_path", rate)
     from timm import layers  # noqa: PLC0415 - takes seconds, and only MRLA needs it
 
     return layers.DropPath(rate)
@@ -195,6 +195,12 @@ class ResNet(Chain):
         se: bool = False,
         zero_init: bool = False,
     ) -> None:
+        require_flag("se", se)
+        require_flag("zero_init", zero_init)
+        if afi is not None:
+            afi.require_stages(len(layout.rows))
+        if fusion is not None:
+            require_stages(fusion.stages, len(layout.rows))
         stem = scaled(layout.stem_channels, width)
         previous, stages = stem, []
         depth = 3 if layout.stem == "deep" else 1

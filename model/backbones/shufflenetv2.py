@@ -80,6 +80,8 @@ class ShuffleNetV2(Chain):
     """
 
     def __init__(self, *, in_channels: int, width: float, afi: AFISettings | None = None) -> None:
+        if afi is not None:
+            afi.require_stages(len(ROWS))
         stem = scaled(STEM, width)
         previous, depth, stages = stem, 1, []
         for s, (channels, blocks) in enumerate(ROWS, start=1):

@@ -6,6 +6,7 @@ Notation: u (B, C, H, W). Each layer returns its output and the weight w (B, C, 
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.contract import InterflowError
@@ -37,8 +38,9 @@ class MultiScaleAttention(nn.Module):
 
         Raises:
             InterflowError: one image while training; batch norm of its global context would have one value a channel.
+                Where several processes train together it is over all their images, and one may have one or none.
         """
-        if self.training and u.shape[0] == 1:
+        if self.training and u.shape[0] == 1 and not (dist.is_available() and dist.is_initialized()):
             raise InterflowError("AFF and MS-CAM train on batches of 2 images or more: raise the batch size.")
         return (self.local_context(u) + self.global_context(u.mean(dim=(2, 3), keepdim=True))).sigmoid()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.contract import InterflowError
+from model.options import require_count
 
 
 def kernel_length(channels: int) -> int:
@@ -33,11 +34,12 @@ class Projections(nn.Module):
         kernel: ks, odd; `kernel_length(channels)` where None.
 
     Raises:
-        InterflowError: d does not divide C, or ks is even.
+        InterflowError: d is no whole number from 1 or does not divide C, or ks is even.
     """
 
     def __init__(self, channels: int, dim_per_head: int, kernel: int | None = None) -> None:
         super().__init__()
+        require_count("dim_per_head", dim_per_head)
         if channels % dim_per_head:
             raise InterflowError(f"MRLA has heads of {dim_per_head} channels, which do not divide {channels}.")
         kernel = kernel_length(channels) if kernel is None else kernel

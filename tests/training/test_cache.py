@@ -1,6 +1,8 @@
 """Decoded images are kept, found again, and never mistaken for others."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +106,22 @@ def test_other_sizes_and_folders_are_kept_beside(root, monkeypatch):
     load_data(Recipe(data=str(root), data_dir=root.parent, image_size=8, workers=0))
     assert len(kept(root)) == 2
     assert load(root).size == (16, 16)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_is_writing_is_not(root):
+    load(root)
+    (path,) = kept(root)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left, written, foreign = (
+        path.with_name(name)
+        for name in (f".{path.stem}-{ended.pid}.safetensors", f".{path.stem}-1.safetensors", f".other-{ended.pid}.txt")
+    )
+    for file in (left, written, foreign):
+        file.write_bytes(b"half")
+    other_pixels(root)
+    load(root)
+    assert sorted(kept(root)) == sorted([path, written, foreign])
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-7], lambda whole: b"", lambda whole: b"\xff" * 100])

@@ -127,6 +127,15 @@ def test_few_images_do_not_move_the_power_far():
     assert fit_confidence(of_one_stage(-logits, labels)) == (1, 1)  # worse than chance
 
 
+def test_gaps_that_teach_nothing_of_the_power_leave_it_at_1():
+    """Nearly all answers are one class, with gaps almost alike: the most likely power is beyond any bounds."""
+    labels = np.arange(400) % 2
+    logits = 0.1 * np.random.default_rng(1).normal(size=(400, 2)) + 0.1 * np.eye(2)[labels]
+    logits[:, 0] += 2
+    predictions = of_one_stage(logits, labels)
+    assert fit_confidence(predictions) == (fit_temperature(predictions), 1)
+
+
 @pytest.mark.parametrize("power", [0.6, 1.0, 1.7, 3.0])
 def test_no_fit_changes_the_ranking_and_none_sends_a_probability_out_of_range(power):
     logits = np.random.default_rng(2).normal(0, 1, size=(500, 10)).astype(np.float32)

@@ -240,6 +240,14 @@ def _no_class(root):
     (root / "train").mkdir()
 
 
+def _no_class_in_either(root):
+    for part in ("train", "test"):
+        for path in (root / part).rglob("*.*"):
+            path.rename(root / part / f"{path.parent.name}-{path.name}")
+        for folder in ("astronaut", "cat", "coffee"):
+            (root / part / folder).rmdir()
+
+
 def _empty_class(root):
     for path in (root / "train" / "cat").iterdir():
         path.unlink()
@@ -267,6 +275,10 @@ def _one_colour(root):
         (shutil.rmtree, "no such folder.*name of a set"),
         (_one_class, "the one class astronaut.*two or more"),
         (_no_class, "train: no images"),
+        (
+            _no_class_in_either,
+            "has test/ and train/ but no class folders in them; expected one folder of images for each",
+        ),
         (_empty_class, "cat: no images"),
         (_other_classes, "only one of them has cat, dog"),
         (_a_single_image, "class cat is down to 1 readable images"),

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from model.contract import BackboneInfo, InterflowError, LayerAttentionInfo, MethodInfo, ModelCard, StageInfo
@@ -24,7 +25,7 @@ from training.depth_report import DepthTable, Row
 from training.evaluate import main as evaluate
 from training.export import main as export
 from training.loop import StoppedError
-from training.run import Run
+from training.run import BusyError, Run
 from training.train import main as train
 from training.verify import verify
 from training.work import stage_effort
@@ -357,6 +358,15 @@ def test_fine_tuning_begins_with_the_weights_of_the_cut(own_run, trained, monkey
     whole = trained.network.state_dict()
     whole["attention.weight"] = whole["attention.weight"][:2]
     assert all(torch.equal(tensor, whole[name]) for name, tensor in begun.items())
+
+
+def test_fine_tuning_leaves_a_run_that_another_process_begins(own_run, trained):
+    (plan,) = depth._plans(Run(own_run), trained.card, ["conv7"], 1)
+    plan.run.folder.mkdir()
+    plan.run.checkpoint.write_bytes(b"another's")
+    with FileLock(plan.run.folder / ".lock"), pytest.raises(BusyError):
+        depth.fine_tune(plan, trained)
+    assert plan.run.checkpoint.read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize("entry", [export, depth.main])

@@ -233,14 +233,15 @@ def test_a_sum_that_is_not_exact_is_found(trained_run):
 
 
 class Page(HTMLParser):
-    """Tags that were opened, sources and targets, and text."""
+    """Tags, those of them that are still open, sources and targets, and text."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.links, self.ids, self.text = [], [], [], []
+        self.tags, self.open, self.links, self.ids, self.text = set(), [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
         if tag not in ("meta", "img", "br", "link"):
             self.open.append(tag)
         for name, value in attributes:
@@ -265,7 +266,8 @@ def test_the_page_is_whole_and_needs_nothing_else(reports):
     run, _, text = reports
     page = Page(text)
     assert page.open == []
-    assert {"script", "link", "iframe"}.isdisjoint(page.open)
+    assert {"svg", "img"} <= page.tags
+    assert {"script", "link", "iframe"}.isdisjoint(page.tags)
     assert "<script" not in text
     assert "url(http" not in text
     assert all(link.startswith(("data:", "#")) for link in page.links)
@@ -397,6 +399,57 @@ def test_what_cannot_be_evaluated_is_refused_with_the_reason(trained_run, export
             main([run, "--out", str(tmp_path / name)])
     assert (tmp_path / "there.html").read_text() == "kept"
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def photos_run(photos, tmp_path_factory):
+    """A run on a copy of the photos, in a folder whose name a model may not have: its images, and the run's folder."""
+    folder = tmp_path_factory.mktemp("run")
+    root = shutil.copytree(photos, folder / "my photos")
+    settings = ["--epochs", "1", "--width", "0.06", "--image-size", "32", "--val-fraction", "0.1", "--workers", "0"]
+    assert train(["--data", str(root), *settings, "--out", str(folder / "run")]) == 0
+    return root, folder / "run"
+
+
+@pytest.mark.parametrize("written", ["my photos", "my photos/", "./my photos", "../{parent}/my photos"])
+def test_a_runs_own_folder_is_known_however_it_is_written(photos_run, written, monkeypatch):
+    root, run = photos_run
+    monkeypatch.chdir(root.parent)
+    data = load_images(open_subject(run, CPU), written.format(parent=root.parent.name), "train", {})
+    assert data.seen
+    assert len(data.images) == 8  # of 12, as in the run: those for test and those held out are not among them
+
+
+def test_an_artefacts_own_folder_is_known_by_the_name_that_its_card_has(photos_run):
+    root, run = photos_run
+    subject = dataclasses.replace(open_subject(run, CPU), kind="artefact", recipe=None)
+    assert subject.card.metrics.data == "my-photos"
+    data = load_images(subject, str(root), None, {"workers": 0})
+    assert (data.split, len(data.images)) == ("test", 2)
+    assert load_images(subject, str(root), "train", {"workers": 0}).seen
+
+
+def test_a_folder_that_changed_since_is_refused(photos_run, tmp_path):
+    """Its split would be another, with images in test that the network was trained on."""
+    root, run = (shutil.copytree(folder, tmp_path / folder.name) for folder in photos_run)
+    recipe = load_recipe(run / "recipe.yaml").model_copy(update={"data": str(root)})
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main([str(run), "--out", str(tmp_path / "one.html")]) == 0
+    for label in ("cat", "coffee"):
+        shutil.copy(root / label / "0.png", root / label / "more.png")
+    for data in ([], ["--data", f"{root}/"]):
+        with pytest.raises(
+            InterflowError, match=r"the images of .*my photos are not those that the run was trained on"
+        ):
+            main([str(run), *data, "--out", str(tmp_path / "two.html")])
+
+
+@pytest.mark.parametrize("subject", ["run", "artefact"])
+def test_a_number_of_workers_below_zero_is_refused(subject, trained_run, exported, tmp_path, capsys):
+    folder = trained_run if subject == "run" else exported / "digits" / "1"
+    with pytest.raises(SystemExit):
+        main([str(folder), "--workers=-1", "--out", str(tmp_path / "report.html")])
+    assert "argument --workers: -1: expected 0 or more" in capsys.readouterr().err
 
 
 def test_an_artefact_of_a_folder_asks_where_it_is(exported):

@@ -1,7 +1,10 @@
 """Artefacts: proven before they are written, whole or not there, and refused where something does not fit."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -18,6 +21,7 @@ from model.registry import create_model
 from training import artefact
 from training.checkpoint import load_network
 from training.export import main
+from training.run import CUT_FILE, newest_finished
 from training.verify import VerificationError, verify
 
 
@@ -188,6 +192,31 @@ def test_nothing_is_left_behind_when_writing_fails(exported, trained_run, tmp_pa
     with pytest.raises(InterflowError, match="appeared meanwhile"):
         artefact.write_artefact(tmp_path, card, b"other")
     assert (tmp_path / "digits" / "1" / "model.onnx").read_bytes() == b"model"
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_is_writing_is_not(tmp_path, card):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left, written = (tmp_path / "digits" / f".staged-{pid}-abc" for pid in (ended.pid, 1))
+    for folder in (left, written):
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(b"half")
+    artefact.write_artefact(tmp_path, card, b"model")
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == [written.name, "1", "config.pbtxt"]
+
+
+def test_the_newest_run_is_no_cut_and_none_with_a_damaged_card(trained_run, tmp_path, capsys):
+    for name in ("whole", "damaged", "cut"):
+        shutil.copytree(trained_run, tmp_path / name)
+    card = json.loads((trained_run / "card.json").read_text())
+    card["provenance"]["created"] = "2999-01-01T00:00:00Z"
+    (tmp_path / "cut" / "card.json").write_text(json.dumps(card))
+    (tmp_path / "cut" / CUT_FILE).write_text("{}")
+    (tmp_path / "damaged" / "card.json").write_text("{")
+    assert newest_finished(tmp_path).folder.name == "whole"
+    assert re.search(r"note: left out: \S+damaged/card\.json: not a model card", capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "whole")
+    assert newest_finished(tmp_path).folder.name == "cut"
 
 
 def test_no_run_an_unfinished_one_and_changed_weights_are_refused(trained_run, tmp_path, monkeypatch):

@@ -163,6 +163,15 @@ def test_three_processes_with_a_last_batch_of_two_images(settings, tmp_path):
     assert_the_same_end(tmp_path / "run", tmp_path / "alone")
 
 
+def test_the_last_batch_may_leave_one_image_for_a_process_where_maps_are_fused(settings, tmp_path):
+    """AFF's batch norms are over the whole batch, as all others are."""
+    settings = [*settings, "--batch-size", "65", "--neck", "aff", "--depth", "4", "--taps", "2", "4", "--epochs", "1"]
+    assert alone(*settings, "--out", tmp_path / "alone") == 0
+    status, _, err = torchrun(2, *settings, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert_the_same_end(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),

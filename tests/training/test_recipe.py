@@ -68,6 +68,10 @@ def test_bundled_recipes_hold_for_every_set_they_name(path):
     [
         ({"lr": "fast"}, "lr is 'fast'"),
         ({"lr": "nan"}, "lr is 'nan'"),
+        ({"mean": ["33"], "std": ["10"]}, "mean is '33'.*less than or equal to 1"),
+        ({"mean": ["-0.1"], "std": ["10"]}, "mean is '-0.1'"),
+        ({"mean": ["nan"], "std": ["10"]}, "mean is 'nan'"),
+        ({"mean": ["0.5"], "std": ["0"]}, "std is '0'"),
         ({"epochs": "0"}, "epochs is '0'"),
         ({"batch_size": "1"}, "batch_size"),
         ({"resize": "zoom"}, "resize is 'zoom'.*crop"),

@@ -26,6 +26,7 @@ from training.paper_tables import TABLES, Row
 from training.published import Published
 from training.reproduce import UNFINISHED, main, table_recipe
 from training.results import Results, Summary
+from training.run import Run
 from training.train import build_network
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,23 @@ def test_a_cells_own_command_gives_its_figures(unbroken, tmp_path):
     assert train.main([*command, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     card = train.Run(tmp_path / "run").finished_card()
     assert f"{100 * card.metrics.accuracy:.4f}" == line["accuracy"]
+
+
+def test_an_epoch_that_was_stopped_after_its_last_step_has_no_part_in_the_seconds(unbroken, tmp_path):
+    """What is left of it when it goes on is no image, in no time."""
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path / "runs" / "digits" / f"S1-{VARIANT}-seed1")
+    for rate in (0.0, -40.0):
+        history = run.history()
+        history[0]["images_per_second"] = rate
+        run.save_history(history)
+        run.card.touch()
+        assert reproduce(tmp_path, *TWO, "--seeds", "2") == 0
+        seconds = [
+            next(float(line["seconds"]) for line in lines(folder) if (line["row"], line["seed"]) == ("S1", "1"))
+            for folder in (tmp_path, unbroken)
+        ]
+        assert 0 < seconds[0] < seconds[1]
 
 
 def test_what_is_not_run_says_so(unbroken):

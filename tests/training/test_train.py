@@ -231,6 +231,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(unbroken, tmp_path, monkeyp
     assert main(["--resume", str(folder)]) == 0
     assert steps == 2 * 21
     assert_the_same_end(folder, unbroken)
+    assert all(float(row["images_per_second"]) >= 0 for row in rows(folder))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -351,6 +352,7 @@ def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken)
         (["--recipe", "none.yaml"], "recipe none.yaml"),
         (["--resume", "no/such/run"], "not a run's folder"),
         (["--lr", "much"], "lr is 'much'"),
+        (["--mean", "33", "--std", "10"], "mean is '33'"),
     ],
 )
 def test_refusals_are_one_sentence_and_leave_no_run(arguments, message, tmp_path):
