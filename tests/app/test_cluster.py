@@ -32,7 +32,6 @@ from app.settings import Settings, SettingsError
 pytest.importorskip("ray.serve")
 
 from app import cluster
-from benchmarks.material import with_version
 from benchmarks.servers import family
 
 ROOT = Path(__file__).parents[2]
@@ -365,11 +364,12 @@ def test_models_that_only_one_replica_would_load(monkeypatch, tmp_path):
     cluster.app({})
 
 
-def test_a_model_that_user_config_names_no_more_has_its_newest_version_again(only_bundled, tmp_path):
+def test_a_model_that_user_config_names_no_more_has_its_newest_version_again(only_bundled, rewrite_card, tmp_path):
     """Else a replica that starts later would serve another one under the same address."""
     exports = tmp_path / "exports"
     shutil.copytree(only_bundled, exports)
-    with_version(exports / "digits" / "1", 2, 1.0, exports)
+    shutil.copytree(exports / "digits" / "1", exports / "digits" / "2")
+    rewrite_card(exports / "digits" / "2", version="2")
 
     app = create_app(Settings(exports=exports, provider="cpu"))
     # not made by Ray, whose class has a `__del__` that somebody must await
