@@ -19,7 +19,8 @@ CONFIDENCES = "confidences"
 """float64 (N, 1 + B, K): in the order of the ranking; NaN where an image's logits are not finite, and of stages that
 it did not reach."""
 WEIGHTS, CONTRIBUTIONS, SHARES = "weights", "contributions", "shares"
-"""float64 (N, B): each stage's, for the class of the answer; the shares only of images that reached the last stage."""
+"""(N, B), weights and contributions float32, shares float64: each stage's, for the class of the answer; the shares only
+of images that reached the last stage."""
 DOUBTS = "doubts"
 """float64 (N,): NaN of images that did not reach the last stage, and where the card has no doubt."""
 READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES, DOUBTS, STOPS)
