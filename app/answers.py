@@ -116,13 +116,15 @@ class Interpreter:
             InferenceError: the network's outputs are not finite.
         """
         classes = self._card.classes
-        rankings = [
+        rankings: list[list[Prediction]] = [
             [
-                Prediction(label=classes[index], index=index, confidence=confidence)
-                for index, confidence in zip(indices.tolist(), confidences.tolist(), strict=True)
+                {"label": classes[index], "index": index, "confidence": confidence}
+                for index, confidence in zip(indices, confidences, strict=True)
             ]
             for indices, confidences in zip(
-                outputs[RANKING][image, :, :top_k], outputs[CONFIDENCES][image, :, :top_k], strict=True
+                outputs[RANKING][image, :, :top_k].tolist(),
+                outputs[CONFIDENCES][image, :, :top_k].tolist(),
+                strict=True,
             )
         ]
         said, *readings = rankings

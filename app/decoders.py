@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import NamedTuple, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 
@@ -16,11 +16,21 @@ Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 INLINE_BYTES, INLINE_PIXELS = 16 * 1024, 128 * 128
-"""Up to these an image is decoded where it is: in less than half a millisecond, and handing it over would cost more."""
+"""Up to these an image is decoded in the event loop: in less than half a millisecond, and handing it over would cost
+more."""
+
+
+class _Tiny(NamedTuple):
+    """An image that is decoded in the event loop."""
+
+    source: bytes
+    spec: InputSpec
+    pixels: asyncio.Future[np.ndarray | None]
+    """None: it has more pixels than its bytes promised, and is left to the pool."""
 
 
 class Decoders:
-    """A pool of decoding threads.
+    """A pool of decoding threads; tiny images are decoded without it, in the event loop. Asked from one event loop.
 
     Args:
         workers: images decoded at a time.
@@ -36,6 +46,7 @@ class Decoders:
         self._max_queue = max_queue
         self._inside = 0
         self._max_pixels = max_pixels
+        self._tiny: list[_Tiny] = []
 
     async def decode(
         self, source: bytes, spec: InputSpec, deadline: float | None = None, *, inline: bool = True
@@ -46,17 +57,38 @@ class Decoders:
             source: the image's bytes.
             spec: the network's input.
             deadline: moment of `time.perf_counter`; an image that still waits then is never decoded.
-            inline: decode it here in the event loop where it is tiny.
+            inline: decode it in the event loop where it is tiny.
 
         Raises:
             ImageError, ImageTooLargeError: as `model.images.read_input`.
             DeadlineError: as its name says.
         """
         if inline and len(source) <= INLINE_BYTES:
-            image = open_image(source, self._max_pixels)
-            if image.width * image.height <= INLINE_PIXELS:
-                return input_of(image, spec)
+            pixels = await self._decode_soon(source, spec)
+            if pixels is not None:
+                return pixels
         return await self.run(read_input, source, spec, self._max_pixels, deadline=deadline)
+
+    def _decode_soon(self, source: bytes, spec: InputSpec) -> asyncio.Future[np.ndarray | None]:
+        loop = asyncio.get_running_loop()
+        if not self._tiny:
+            loop.call_soon(self._decode_tiny)
+        pixels: asyncio.Future[np.ndarray | None] = loop.create_future()
+        self._tiny.append(_Tiny(source, spec, pixels))
+        return pixels
+
+    def _decode_tiny(self) -> None:
+        """All that came in this round of the event loop, one after the other: among the rest of a request, each would
+        have to bring the decoder back into the CPU's caches, which with 32 clients took a tenth of the loop's time."""
+        images, self._tiny = self._tiny, []
+        for source, spec, pixels in images:
+            if pixels.done():  # cancelled
+                continue
+            try:
+                pixels.set_result(_tiny_input(source, spec, self._max_pixels))
+            except Exception as error:  # whatever it is, it is this image's, and the others are decoded
+                pixels.set_exception(error)
+        del images, source, pixels  # an error holds on to this frame for as long as it is answered
 
     async def run(
         self,
@@ -104,3 +136,9 @@ class Decoders:
     def close(self) -> None:
         """Finish what was accepted and free the threads; blocks."""
         self._pool.shutdown()
+
+
+def _tiny_input(source: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray | None:
+    """As `read_input`; None of an image of more pixels than are decoded in the event loop."""
+    image = open_image(source, max_pixels)
+    return input_of(image, spec) if image.width * image.height <= INLINE_PIXELS else None

@@ -83,8 +83,9 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         AccessMiddleware,
     ):
         app.add_middleware(middleware)
-    for routes in (predict, page, explain, models, v2, health, metrics):  # in the order in which they are tried
-        app.include_router(routes.router)
+    modules = (predict, page, explain, models, v2, health, metrics)  # in the order in which they are tried
+    # before the documentation's; and as they are, because FastAPI matches each request twice with an included router
+    app.router.routes[:0] = [route for module in modules for route in module.router.routes]
     app.mount("/static", page.PageFiles(), name="static")
     return app
 

@@ -15,7 +15,7 @@ from app import decoders as module
 from app.decoders import Decoders
 from app.errors import DeadlineError, QueueFullError
 from model.contract import InputSpec
-from model.images import ImageTooLargeError, read_input
+from model.images import ImageError, ImageTooLargeError, read_input
 
 SPEC = InputSpec(height=8, width=8, channels=3, mean=(0,) * 3, std=(1,) * 3, resize="crop")
 
@@ -85,6 +85,54 @@ def test_the_pixel_limit_holds_wherever_it_is_decoded(inline):
     with pytest.raises(ImageTooLargeError):
         asyncio.run(decoders.decode(png(20), SPEC, inline=inline))
     decoders.close()
+
+
+def test_tiny_images_that_come_together_are_decoded_together(decoders, monkeypatch):
+    """In one round of the event loop; what is wrong with one, or who gave up, is nothing to the others."""
+    rounds, decoded = [], []
+    tiny_input = module._tiny_input
+    monkeypatch.setattr(module, "_tiny_input", lambda *image: decoded.append(rounds[-1]) or tiny_input(*image))
+
+    async def count():
+        while True:
+            rounds.append(len(rounds))
+            await asyncio.sleep(0)
+
+    async def scenario():
+        counting = asyncio.create_task(count())
+        sources = [png(9), b"no image", png(10), png(11)]
+        tasks = [asyncio.create_task(decoders.decode(source, SPEC)) for source in sources]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        again = await decoders.decode(png(10), SPEC)
+        counting.cancel()
+        return [*found, again]
+
+    one, broken, cancelled, another, again = asyncio.run(scenario())
+    assert isinstance(broken, ImageError)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    for side, pixels in ((9, one), (11, another), (10, again)):
+        np.testing.assert_array_equal(pixels, read_input(png(side), SPEC))
+    assert len(decoded) == 4
+    assert len(set(decoded[:3])) == 1
+
+
+def test_an_image_that_cannot_be_read_is_not_kept(decoders):
+    """By a reference cycle of its error, which the garbage collector would look for after thousands of requests."""
+
+    async def scenario():
+        try:
+            await decoders.decode(b"no image", SPEC)
+        except ImageError as error:
+            return weakref.ref(error)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(scenario())() is None
+    finally:
+        gc.enable()
 
 
 def test_no_more_at_a_time_than_workers_and_no_more_waiting_than_may(decoders):

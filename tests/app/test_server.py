@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi.responses import StreamingResponse
 
 from app.main import create_app
 from app.repository import Repository
@@ -282,3 +283,49 @@ def test_answers_are_not_held_back(serve, colour_model, monkeypatch):
     with serve(create_app(Settings(), Repository([colour_model()]))) as client:
         client.get("/healthz")
     assert seen == [1]
+
+
+class Written:
+    """A transport that says what was written to it, call by call."""
+
+    def __init__(self, transport, calls):
+        self._transport, self._calls = transport, calls
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def write(self, data):
+        self._calls.append(bytes(data))
+        self._transport.write(data)
+
+    def writelines(self, pieces):
+        self._calls.append(b"".join(pieces))
+        self._transport.writelines(pieces)
+
+
+def test_an_answer_leaves_in_one_write(serve, colour_model, monkeypatch):
+    """And the head of one that has no body, or that breaks off before it."""
+    calls = []
+    connection_made = Protocol.connection_made
+    monkeypatch.setattr(Protocol, "connection_made", lambda self, given: connection_made(self, Written(given, calls)))
+    app = create_app(Settings(), Repository([colour_model()]))
+
+    @app.get("/broken")
+    async def broken():
+        async def pieces():
+            raise RuntimeError("on purpose")
+            yield b""
+
+        return StreamingResponse(pieces(), headers={"Content-Length": "9"})
+
+    with serve(app) as client:
+        for _ in range(2):
+            assert client.post("/predict", content=IMAGE, headers={"Content-Type": "image/png"}).status_code == 200
+        assert client.head("/static/page.css").status_code == 200
+        with pytest.raises(httpx2.RemoteProtocolError):
+            client.get("/broken")
+    *answers, empty, broken_off = calls
+    assert [answer.count(b'"prediction"') > 0 for answer in answers] == [True, True]
+    assert all(answer.startswith(b"HTTP/1.1 200 OK\r\n") for answer in calls)
+    assert empty.endswith(b"\r\n\r\n")
+    assert broken_off.endswith(b"\r\n\r\n")

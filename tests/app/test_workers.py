@@ -60,7 +60,8 @@ def test_any_worker_gives_the_metrics_of_all(workers):
     assert value(text, 'interflow_answer_confidence_count{model="digits"}') == 20
     assert value(text, 'interflow_model_loaded{model="digits",version="1"}') == 2
     process.terminate()
-    assert finish(process)[0] == 0
+    code, _, errors = finish(process)
+    assert code == 0, errors
 
 
 def test_each_has_its_share_of_the_cpus(workers, start):
@@ -98,7 +99,8 @@ def test_nothing_is_left_behind(workers, tmp_path):
     assert folder.stat().st_mode & 0o077 == 0
     pids = children(process)
     process.terminate()
-    assert finish(process)[0] == 0
+    code, _, errors = finish(process)
+    assert code == 0, errors
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -110,7 +112,8 @@ def test_a_second_signal_ends_all_at_once(workers, tmp_path):
     while ask("GET", "/readyz").status_code == 200:
         pass
     process.terminate()
-    assert finish(process)[0] == 128 + signal.SIGTERM
+    code, _, errors = finish(process)
+    assert code == 128 + signal.SIGTERM, errors
     assert list(tmp_path.iterdir()) == []
     wait_until_gone(pids)
 
@@ -175,7 +178,8 @@ def test_a_server_whose_workers_all_died_waits_for_one_that_can_start(workers, a
     whole.rename(artefact / "model.onnx")
     assert ask("POST", "/predict", content=IMAGE).status_code == 200
     process.terminate()
-    assert finish(process)[0] == 0
+    code, _, errors = finish(process)
+    assert code == 0, errors
 
 
 def test_a_replacement_loads_what_was_asked_for(workers, artefact):
@@ -217,7 +221,8 @@ def test_a_replacement_leaves_unloaded_what_was_unloaded(workers):
     assert ask("GET", "/readyz").status_code == 503
     assert ask("POST", f"{path}/load", headers=key).status_code == 200
     process.terminate()
-    assert finish(process)[0] == 0
+    code, _, errors = finish(process)
+    assert code == 0, errors
 
 
 def test_requests_in_a_folder_that_is_given_outlive_the_server(workers, artefact, rewrite_card, tmp_path):
@@ -232,7 +237,8 @@ def test_requests_in_a_folder_that_is_given_outlive_the_server(workers, artefact
         path, key = "/v2/repository/models/digits/load", {"X-API-Key": "sesame"}
         assert ask("POST", path, headers=key, json={"parameters": {"config": config}}).status_code == 200
         process.terminate()
-        assert finish(process)[0] == 0
+        code, _, errors = finish(process)
+        assert code == 0, errors
         assert list(tmp_path.glob("interflow-*")) == []
         assert (tmp_path / "state" / "of digits" / "models.json").exists()
 
