@@ -109,6 +109,7 @@ class Recipe(BaseModel):
     drop_epochs: Annotated[int, Field(ge=0)] = _setting("training", 0, "step: last epochs, at a tenth of the rate")
     warmup: Probability = _setting("training", 0.2, "one_cycle: share of the steps in which the rate rises")
     auxiliary_loss: NonNegative = _setting("training", 0.0, "weight of the loss on every stage's contribution")
+    distillation: NonNegative = _setting("training", 0.0, "weight of every stage's divergence from the fused answer")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = _setting(
         "training", 0.0, "of the labels, towards all classes alike"
     )

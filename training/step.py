@@ -238,26 +238,37 @@ def training_loss(
     class_weights: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy on the fused logits (the paper's), plus `auxiliary_loss` times its mean over the contributions.
+    """Cross-entropy on the fused logits (the paper's), plus two terms of ours, means over the stages' contributions.
 
-    The second is ours: on w_i * z_i rather than z_i, because the sign and scale of z_i alone mean nothing.
+    `auxiliary_loss` times their cross-entropy, and `distillation` times the Kullback-Leibler divergence of each from
+    the fused answer, whose gradient is stopped. It is taken over B, as the mean contribution: as large as one of those
+    that it teaches, which add up to it, and at B, a temperature, it shows what it makes of the other classes (Hinton et
+    al. 2015; from the network's own end, Zhang et al. 2019). On w_i * z_i rather than z_i, because the sign and scale
+    of z_i alone mean nothing.
 
     Args:
         output: of N images and B branches.
         labels: (N,) class indices.
-        recipe: says how much the second counts, and how smooth the labels are.
+        recipe: says how much the two count, and how smooth the labels are.
         class_weights: (K,), or None where every image counts the same.
         divisor: of the sum over the images, which need not be a whole batch; None for their own weight: the mean.
     """
-    reduction, smoothing = "mean" if divisor is None else "sum", recipe.label_smoothing
-    loss = functional.cross_entropy(
-        output.logits, labels, class_weights, reduction=reduction, label_smoothing=smoothing
-    )
-    if recipe.auxiliary_loss:
-        branches = output.branch_logits.shape[1]
-        stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
-        auxiliary = functional.cross_entropy(
-            stages, labels.repeat_interleave(branches), class_weights, reduction=reduction, label_smoothing=smoothing
+    weight = (len(labels) if class_weights is None else class_weights[labels].sum()) if divisor is None else divisor
+    branches = output.branch_logits.shape[1]
+    stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            logits, labels, class_weights, reduction="sum", label_smoothing=recipe.label_smoothing
         )
-        loss = loss + recipe.auxiliary_loss * (auxiliary if divisor is None else auxiliary / branches)
-    return loss if divisor is None else loss / divisor
+
+    loss = cross_entropy(output.logits, labels)
+    if recipe.auxiliary_loss:
+        loss = loss + recipe.auxiliary_loss * cross_entropy(stages, labels.repeat_interleave(branches)) / branches
+    if recipe.distillation:
+        taught = functional.log_softmax(output.logits.detach() / branches, dim=1).repeat_interleave(branches, dim=0)
+        apart = functional.kl_div(functional.log_softmax(stages, dim=1), taught, reduction="none", log_target=True)
+        if class_weights is not None:
+            apart = apart * class_weights[labels].repeat_interleave(branches)[:, None]
+        loss = loss + recipe.distillation * apart.sum() / branches
+    return loss / weight

@@ -4,6 +4,7 @@ On several GPUs: `torchrun --nproc-per-node 8 training/train.py`, with the same 
 """
 
 import argparse
+import inspect
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
@@ -157,8 +158,13 @@ def build_network(recipe: Recipe, num_classes: int, spec: InputSpec, begun: bool
         begun: whether the run has a checkpoint, so that weights to start from are not wanted any more.
 
     Raises:
-        InterflowError: as `create_model`.
+        InterflowError: as `create_model`; or an option of the backbone bears the name of one of its other arguments.
     """
+    if taken := sorted(recipe.options.keys() & inspect.signature(create_model).parameters):
+        raise InterflowError(
+            f"options {', '.join(taken)}: options are for what {recipe.backbone} alone has. Depth, width, taps and "
+            "neck are settings of their own, such as --depth 13; classes and channels are those of the data."
+        )
     torch.manual_seed(recipe.seed)
     init = None if begun else recipe.init
     return create_model(

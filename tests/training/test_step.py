@@ -49,6 +49,35 @@ def test_the_auxiliary_loss_judges_contributions_never_raw_branch_logits():
     torch.testing.assert_close(training_loss(output, labels, Recipe(auxiliary_loss=0.3)), fused + 0.3 * stages)
 
 
+def test_distillation_draws_every_stage_to_the_fused_answer_and_the_fused_answer_to_none():
+    z = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    w = torch.tensor([0.5, 1, -2])[:, None].expand(5, 3, 4)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+
+    def divergence(z, weights=None, divisor=None, shown=slice(None)):
+        output = InterflowOutput((w * z).sum(1)[shown], z[shown], w[shown], (), ())
+        given = labels[shown], Recipe(), weights, divisor
+        without = training_loss(output, *given)
+        return training_loss(output, given[0], Recipe(distillation=0.5), *given[2:]) - without
+
+    def teacher_and_pupils():
+        """The same written out, in probabilities, of each image and stage."""
+        taught = (w * z).mean(1, keepdim=True).detach().softmax(2)
+        return 0.5 * (taught * (taught / (w * z).softmax(2)).log()).sum(2)
+
+    torch.testing.assert_close(divergence(z), teacher_and_pupils().mean())
+    expected = torch.autograd.grad(teacher_and_pupils().mean(), z)[0]
+    torch.testing.assert_close(torch.autograd.grad(divergence(z), z)[0], expected)
+    of_one_mind = torch.randn(5, 1, 4) / w
+    torch.testing.assert_close(divergence(of_one_mind), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+    rare = torch.tensor([1.0, 1, 1, 7])
+    of_images = teacher_and_pupils().mean(1)
+    torch.testing.assert_close(divergence(z, rare), (rare[labels] * of_images).sum() / rare[labels].sum())
+    parts = [divergence(z, divisor=torch.tensor(5.0), shown=shown) for shown in (slice(2), slice(2, 5))]
+    torch.testing.assert_close(sum(parts), divergence(z))
+
+
 def test_the_optimiser_gets_every_parameter_once_and_none_that_is_frozen():
     network = create_model("vgg16", width=0.05, neck="aff")
     backbone, all_of_it = set(network.backbone.parameters()), set(network.parameters())

@@ -353,6 +353,7 @@ def test_changed_images_are_noticed_on_resuming(tmp_path, monkeypatch, unbroken)
         (["--resume", "no/such/run"], "not a run's folder"),
         (["--lr", "much"], "lr is 'much'"),
         (["--mean", "33", "--std", "10"], "mean is '33'"),
+        (["--options", "depth=3", "num_classes=4"], "options depth, num_classes: .*--depth"),
     ],
 )
 def test_refusals_are_one_sentence_and_leave_no_run(arguments, message, tmp_path):
