@@ -110,6 +110,8 @@ class MethodInfo(_Part):
     """Whether training moved the weights."""
     shared_heads: bool
     """Branches of equal channels share one linear layer."""
+    weighed_anew: bool = False
+    """Whether the weights of each stage then got a factor, fitted on held-out images."""
 
 
 class StageInfo(_Part):

@@ -16,6 +16,9 @@ from model.explain import below_highest, contributions, fused_confidences, readi
 
 ECE_BINS = 15
 
+FACTOR_DEVIATION = 0.5
+"""Of the normal prior on the logarithms of the stages' factors: where few images say otherwise, all are alike."""
+
 POWER_DEVIATION = 0.5
 """Of the normal prior on its logarithm: where few images say otherwise, the power stays near 1."""
 
@@ -43,6 +46,34 @@ class Predictions:
     def logits(self) -> np.ndarray:
         """Fused, (M, K)."""
         return self.contributions.sum(axis=1)
+
+
+def fit_stage_factors(predictions: Predictions) -> np.ndarray:
+    """Positive factors of the stages' attention weights under which the fused logits are likeliest; (B,).
+
+    Training finds the weights on images that it shows the branches, too, of which each is surer than of others, and not
+    all by as much; and the weights of a network that is cut were found for a longer sum. So B numbers are fitted anew,
+    on images that no branch was trained on, under Platt's targets (`_targets`) and a prior that draws the factors to
+    one another. What a stage says stays as it was, and so does which of its classes count more. This is ours.
+
+    Args:
+        predictions: of data that the network was not trained on, where there is any.
+
+    Returns:
+        The factors; all 1 where the search runs away.
+    """
+    summands = torch.from_numpy(predictions.contributions / fit_temperature(predictions)).double()
+    targets = _targets(predictions.labels, summands.shape[2])
+    logarithms = torch.zeros(summands.shape[1], dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        prior = (logarithms / FACTOR_DEVIATION).square().sum() / (2 * len(summands))
+        return functional.cross_entropy(torch.einsum("b,mbk->mk", logarithms.exp(), summands), targets) + prior
+
+    minimize(loss, logarithms)
+    factors = logarithms.detach().exp()
+    usable = bool(factors.isfinite().all() and (factors > 0).all())
+    return factors.numpy() if usable else np.ones(len(factors))
 
 
 def fit_reading_scales(predictions: Predictions, per_class: bool) -> np.ndarray:

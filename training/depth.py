@@ -37,6 +37,7 @@ from training.shorten import (
     require_tolerance,
     shorten,
     shortened,
+    up_to,
 )
 from training.train import build_network
 
@@ -139,7 +140,7 @@ def measure(trained: Trained, tolerance: float, threads: int) -> DepthTable:
             latency_ms=1000 * times[stage][1],
             images_per_second=32 / times[stage][32],
         )
-        for stage, held_out, test in zip(names, accuracies(trained.held_out), accuracies(trained.test), strict=True)
+        for stage, (held_out, test) in zip(names, accuracies(trained), strict=True)
         if stage in graphs
     ]
     cpu = hardware(torch.device("cpu")).rpartition(", ")[0]
@@ -284,13 +285,14 @@ def _fine_tuned_row(plan: Plan, trained: Trained, table: DepthTable) -> Row:
     print(f"{plan.stage}, fine-tuned for {plan.recipe.epochs} epochs: {plan.run.folder}")
     fine_tune(plan, trained)
     again = open_trained(plan.run, trained.data)
+    held_out, test = up_to(again, len(again.card.stages), weigh_anew=True)  # as the cut that was not trained on
     plain = next(row for row in table.rows if row.stage == plan.stage)  # of the same graph, so of the same cost
     return replace(
         plain,
         fine_tuned=plan.recipe.epochs,
         run=str(plan.run.folder),
-        held_out=fused_accuracy(again.held_out),
-        test=fused_accuracy(again.test),
+        held_out=fused_accuracy(held_out),
+        test=fused_accuracy(test),
     )
 
 

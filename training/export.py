@@ -26,6 +26,7 @@ from training.shorten import (
     require_stage,
     require_tolerance,
     shortened,
+    weighed_anew,
 )
 from training.verify import verify
 from training.work import stage_work
@@ -47,6 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         "that loses no more than --tolerance on held-out images; takes the run's own images",
     )
     parser.add_argument(
+        "--weigh-anew",
+        action="store_true",
+        help="give each stage's attention weights a factor, fitted on held-out images, as --depth does where it cuts; "
+        "takes the run's own images",
+    )
+    parser.add_argument(
         "--precision",
         choices=tuple(PRECISIONS),
         default="float32",
@@ -64,7 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.run) if options.run else newest_finished()
     samples = run.load_samples()
     tolerance = require_tolerance(PRECISION_TOLERANCE if options.tolerance is None else options.tolerance)
-    card, network = open_finished(run) if options.depth is None else _cut(run, options.depth, options.tolerance)
+    if options.depth or options.weigh_anew:
+        card, network = _refitted(run, options.depth, options.tolerance, options.weigh_anew)
+    else:
+        card, network = open_finished(run)
     precision = PRECISIONS[options.precision]
     name = f"{card.name}{SUFFIXES[precision]}" if options.name is None else options.name
     card = _named(card, options.out, name, options.version)
@@ -86,18 +96,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _cut(run: Run, stage: str, tolerance: float | None) -> tuple[ModelCard, Interflow]:
-    """The run's network without the stages behind this one, or that which `AUTO` finds."""
+def _refitted(run: Run, stage: str | None, tolerance: float | None, weigh_anew: bool) -> tuple[ModelCard, Interflow]:
+    """The run's network without the stages behind this one, or that which `AUTO` finds; or the whole, weighed anew."""
     tolerance = require_tolerance(TOLERANCE if tolerance is None else tolerance)
-    require_stage(run.finished_card(), stage)
+    if stage is not None:
+        require_stage(run.finished_card(), stage)
     print(f"asking {run.folder} about its held-out and test images")
     trained = open_trained(run)
     if stage == AUTO:
         stage, why = choose(trained, tolerance)
         print(why)
-    if stage == trained.card.stages[-1].name:
-        return trained.card, trained.network
-    network, card = shortened(trained, stage)
+    if stage not in (None, trained.card.stages[-1].name):
+        network, card = shortened(trained, stage)
+    elif weigh_anew:
+        network, card = weighed_anew(trained)
+    else:
+        network, card = trained.network, trained.card
     return card, network
 
 

@@ -1,21 +1,24 @@
 """A trained network without the stages behind one of them: shorter, and still an exact sum of those it keeps.
 
-Each stage's branch sees nothing of the deeper stages, so what is kept says what it said in the whole network: the fused
-logits are the first summands of the whole's. All that is fitted is fitted anew.
+Each stage's branch sees nothing of the deeper stages, so what is kept says what it said in the whole network. How much
+it counts was learned for a longer sum: each stage's attention weights get a factor, fitted on held-out images, and all
+that is fitted is fitted anew.
 """
 
 import re
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.backbones.weights import load_weights
 from model.contract import InterflowError, ModelCard
 from model.interflow import Interflow
 from training.artefact import network_of
-from training.calibration import Predictions, fused_accuracy
+from training.calibration import Predictions, fit_stage_factors, fused_accuracy
 from training.checkpoint import load_network, read_progress, weights_sha256
 from training.data import ImageData, load_data
 from training.finish import fitted_on
@@ -186,27 +189,59 @@ def shortened(trained: Trained, stage: str) -> tuple[Interflow, ModelCard]:
     """Cut a run's network behind a stage, and fit and measure anew all that its card needs.
 
     Returns:
-        The network, as `shorten`, and its card: of a model of its own, named after the stage.
+        The network, as `shorten`, its stages weighed anew where it is shorter; and its card: of a model of its own,
+        named after the stage.
 
     Raises:
         InterflowError: as `shorten`.
     """
+    network, described = shorten(trained.network, trained.card, stage)
+    shorter = len(network.stages) < len(trained.card.stages)
+    return _fitted(trained, network, described | {"name": name_of_cut(trained.card.name, stage)}, weigh_anew=shorter)
+
+
+def weighed_anew(trained: Trained) -> tuple[Interflow, ModelCard]:
+    """A run's whole network with a factor to each stage's attention weights, fitted on held-out images.
+
+    Raises:
+        InterflowError: its weights were not learned, so they are not to be changed.
+    """
     card = trained.card
-    network, described = shorten(trained.network, card, stage)
-    kept = len(network.stages)
+    if not card.method.learned:
+        raise InterflowError(f"{card.name} cannot be weighed anew: {card.method.name} gives its attention weights.")
+    network = deepcopy(trained.network)
+    stages = (
+        info.model_copy(update={"work": done})
+        for info, done in zip(card.stages, stage_work(network, card.input), strict=True)
+    )
+    return _fitted(trained, network, {"method": card.method, "stages": tuple(stages)}, weigh_anew=True)
+
+
+def _fitted(
+    trained: Trained, network: Interflow, described: dict[str, Any], *, weigh_anew: bool
+) -> tuple[Interflow, ModelCard]:
+    """The network, weighed anew or not, and its card: the run's, with these fields, and all that is fitted."""
+    card = trained.card
+    held_out, test = up_to(trained, len(network.stages), weigh_anew=weigh_anew)
+    weights = torch.from_numpy(held_out.branch_weights)
+    with torch.no_grad():
+        network.attention.weight.copy_(weights[:, : network.attention.weight.shape[1]])
     provenance = card.provenance.model_copy(
         update={"created": datetime.now(UTC), "weights_sha256": weights_sha256(network)}
     )
     fitted = fitted_fields(
-        first_stages(trained.held_out, kept),
-        first_stages(trained.test, kept),
+        held_out,
+        test,
         per_class=network.method.attention == "class",
         work=tuple(info.work for info in described["stages"]),
         data=trained.data.name,
         fitted_on=fitted_on(trained.data),
         seed=trained.recipe.seed,
     )
-    fields = dict(card) | described | {"name": name_of_cut(card.name, stage), "provenance": provenance} | fitted
+    method = described["method"].model_copy(
+        update={"weighed_anew": card.method.weighed_anew or (weigh_anew and card.method.learned)}
+    )
+    fields = dict(card) | described | {"method": method, "provenance": provenance} | fitted
     return network, ModelCard.model_validate(fields)
 
 
@@ -215,15 +250,33 @@ def name_of_cut(name: str, stage: str) -> str:
     return f"{name}-{re.sub('[^A-Za-z0-9._-]+', '-', stage)}"
 
 
-def first_stages(predictions: Predictions, count: int) -> Predictions:
-    """What the network says that is cut behind its stage number `count`."""
-    return Predictions(predictions.branch_logits[:, :count], predictions.branch_weights[:count], predictions.labels)
+def up_to(trained: Trained, count: int, *, weigh_anew: bool) -> tuple[Predictions, Predictions]:
+    """What the network that is cut behind its stage number `count` says of the held-out and of the test images.
+
+    Args:
+        trained: the run.
+        count: of stages that are kept.
+        weigh_anew: give each stage's attention weights the factor that suits the held-out images, if they were learned.
+    """
+    weights = trained.held_out.branch_weights[:count]
+    held_out, test = (
+        Predictions(said.branch_logits[:, :count], weights, said.labels) for said in (trained.held_out, trained.test)
+    )
+    if weigh_anew and trained.card.method.learned:
+        weights = weights * fit_stage_factors(held_out)[:, np.newaxis].astype(weights.dtype)
+    return replace(held_out, branch_weights=weights), replace(test, branch_weights=weights)
 
 
-def accuracies(predictions: Predictions) -> list[float]:
-    """Fused accuracy of the network cut behind each stage, the last one's the whole's; B values."""
-    stages = predictions.branch_logits.shape[1]
-    return [fused_accuracy(first_stages(predictions, count)) for count in range(1, stages + 1)]
+def accuracies(trained: Trained) -> list[tuple[float, float]]:
+    """Fused accuracy of the network cut behind each stage, on held-out and test images; the last one's is the whole's.
+
+    The stages of those that are shorter are weighed anew.
+    """
+    stages = len(trained.card.stages)
+    return [
+        (fused_accuracy(held_out), fused_accuracy(test))
+        for held_out, test in (up_to(trained, count, weigh_anew=count < stages) for count in range(1, stages + 1))
+    ]
 
 
 def within(accuracy: float, whole: float, tolerance: float) -> bool:
@@ -238,7 +291,7 @@ def choose(trained: Trained, tolerance: float) -> tuple[str, str]:
         Its last stage (the whole network's, where no shorter one will do), and why, in a sentence.
     """
     names = [info.name for info in trained.card.stages]
-    found = accuracies(trained.held_out)
+    found = [held_out for held_out, _ in accuracies(trained)]
     place = next(i for i, accuracy in enumerate(found) if within(accuracy, found[-1], tolerance))
     listed = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in zip(names, found, strict=True))
     what = (

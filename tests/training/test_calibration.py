@@ -1,6 +1,7 @@
 """Fits recover what they should, and what users see does not depend on how a network happens to be written down."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from training.calibration import (
     ece,
     fit_confidence,
     fit_reading_scales,
+    fit_stage_factors,
     fit_temperature,
     fused_accuracy,
     fused_auroc,
@@ -158,6 +160,41 @@ def test_fitting_never_lowers_the_likelihood_of_what_it_is_fitted_on(power):
     assert branch_nll(predictions, scales)[0] <= branch_nll(predictions, np.ones((1, 4)))[0] + slack
     if power > 1:
         assert fused_nll(predictions, *fitted) < fused_nll(predictions, plain) - 0.003
+
+
+FACTORS = np.array([0.05, 0.8, 1.6])
+
+
+def weighed(count, seed=0):
+    """Three stages, the first of which says little of what it seems to, and labels drawn from their true sum."""
+    random = np.random.default_rng(seed)
+    branch_logits = random.normal(size=(count, 3, 5))
+    weights = np.repeat([[2.0], [-0.5], [1.0]], 5, axis=1)
+    chances = softmax((FACTORS[:, None] * weights * branch_logits).sum(axis=1))
+    labels = (chances.cumsum(axis=1) > random.random((count, 1))).argmax(axis=1)
+    return Predictions(branch_logits, weights, labels)
+
+
+def with_factors(predictions, factors):
+    return replace(predictions, branch_weights=predictions.branch_weights * factors[:, None])
+
+
+def test_the_factors_of_stages_that_made_the_labels_are_found():
+    told = weighed(20_000)
+    found = fit_stage_factors(told)
+    np.testing.assert_allclose(found / fit_temperature(told), FACTORS, atol=0.05)
+    after, other = with_factors(told, found), weighed(20_000, seed=1)
+    assert fit_temperature(after) == pytest.approx(fit_temperature(told), rel=0.02)  # the logits are as large as before
+    assert fused_nll(after, fit_temperature(after)) < fused_nll(told, fit_temperature(told)) - 0.05
+    assert fused_accuracy(with_factors(other, found)) > fused_accuracy(other) + 0.02
+    np.testing.assert_allclose(fit_stage_factors(after), 1, atol=0.1)  # once is enough
+
+
+def test_few_images_do_not_move_the_factors_far():
+    found = np.log([fit_stage_factors(weighed(8, seed)) for seed in range(20)])
+    assert (np.ptp(found, axis=1) < 1.5).all()  # of one another: all alike would do
+    silent = Predictions(np.zeros((4, 2, 3)), np.ones((2, 3)), np.array([0, 1, 2, 0]))
+    np.testing.assert_array_equal(fit_stage_factors(silent), 1)
 
 
 def test_likelihood_by_hand():

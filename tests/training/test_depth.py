@@ -20,6 +20,7 @@ from model.images import read_input
 from model.interflow import Normalize
 from model.registry import create_model
 from training import artefact, depth, shorten
+from training.calibration import fused_accuracy, fused_nll
 from training.checkpoint import load_network
 from training.depth_report import DepthTable, Row
 from training.evaluate import main as evaluate
@@ -158,10 +159,14 @@ def test_a_shorter_network_is_exported_with_all_checks_and_fitted_anew(
     assert (card.name, card.stages[-1].name, len(card.stages)) == (f"digits-{stage}", stage, kept)
     assert card.provenance.weights_sha256 != whole.provenance.weights_sha256
     assert card.provenance.run == whole.provenance.run
-    assert card.branch_weights == whole.branch_weights[:kept]
+    assert card.method == whole.method.model_copy(update={"weighed_anew": True})
+    factors = np.divide(card.branch_weights, whole.branch_weights[:kept])
+    np.testing.assert_allclose(factors, factors[:, :1].repeat(10, axis=1), rtol=1e-5)  # one a stage
+    assert (factors > 0).all()
+    assert len({round(factor, 2) for factor in factors[:, 0]}) == kept
     assert card.fitted_on == whole.fitted_on
     assert card.exits
-    logits = trained.test.contributions[:, :kept].sum(axis=1)
+    logits = (card.branch_weights * trained.test.branch_logits[:, :kept]).sum(axis=1)
     assert card.metrics.accuracy == pytest.approx((logits.argmax(axis=1) == trained.test.labels).mean())
     assert card.metrics.images == len(trained.test.labels)
     # a stage's reading is the same at any depth; what is fitted on the fused logits is not
@@ -189,14 +194,8 @@ def test_an_exported_cut_is_evaluated_as_any_model(cuts, tmp_path):
 
 def test_auto_takes_the_shortest_within_the_tolerance_by_held_out_images(trained_run, trained, tmp_path, capsys):
     held_out = trained.held_out
-    right = [
-        int(
-            (
-                (held_out.branch_logits * held_out.branch_weights)[:, :n].sum(axis=1).argmax(axis=1) == held_out.labels
-            ).sum()
-        )
-        for n in range(1, 5)
-    ]
+    short = [shorten.up_to(trained, count, weigh_anew=count < 4)[0] for count in range(1, 5)]
+    right = [int((said.logits.argmax(axis=1) == held_out.labels).sum()) for said in short]
     images = len(held_out.labels)
     assert right == sorted(set(right))  # the deeper the better, so that every tolerance has one answer
     for place, stage in enumerate(("conv4", "conv7", "conv10")):
@@ -226,6 +225,30 @@ def test_test_images_have_no_say(trained):
         shorten.choose(replace(trained, held_out=scrambled), tolerance)[0] != shorten.choose(trained, tolerance)[0]
         for tolerance in (0.2, 10, 50, 80)
     )
+
+
+def test_a_whole_network_is_weighed_anew_where_that_is_asked_for(trained_run, trained, exported, tmp_path):
+    before = {key: tensor.clone() for key, tensor in trained.network.state_dict().items()}
+    assert export(["--run", str(trained_run), "--weigh-anew", "--out", str(tmp_path)]) == 0
+    path, whole = tmp_path / "digits" / "1", card_of(exported / "digits" / "1" / "model.json")
+    card = card_of(path / "model.json")
+    assert (whole.method.weighed_anew, card.method.weighed_anew) == (False, True)
+    assert card.stages == whole.stages
+    said, as_trained = (shorten.up_to(trained, 4, weigh_anew=anew)[0] for anew in (True, False))
+    np.testing.assert_allclose(card.branch_weights, said.branch_weights)
+    np.testing.assert_allclose(as_trained.branch_weights, whole.branch_weights)
+    assert fused_nll(said, card.temperature, card.power) < fused_nll(as_trained, whole.temperature, whole.power)
+
+    samples = np.load(trained_run / "samples.npy")
+    session = onnxruntime.InferenceSession(path / "model.onnx")
+    logits, branch_logits = session.run(["logits", "branch_logits"], {"image": samples})
+    np.testing.assert_allclose(logits, (card.branch_weights * branch_logits).sum(axis=1), rtol=1e-4, atol=1e-4)
+    network, _ = shorten.weighed_anew(trained)
+    assert not torch.equal(network.attention.weight, trained.network.attention.weight)
+    assert all(torch.equal(before[key], tensor) for key, tensor in trained.network.state_dict().items())
+    fixed = trained.card.model_copy(update={"method": trained.card.method.model_copy(update={"learned": False})})
+    with pytest.raises(InterflowError, match="S3 gives its attention weights"):
+        shorten.weighed_anew(replace(trained, card=fixed))
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +314,7 @@ def row(stage, held_out, fine_tuned=0, **fields):
     ("held_out", "advised"),
     [
         ((0.80, 0.898, 0.90, 0.90), "--run runs/it --depth b`"),  # two points in a thousand, exactly
-        ((0.80, 0.8979, 0.90, 0.90), "--run runs/it-b --name photos-b`"),
+        ((0.80, 0.8979, 0.90, 0.90), "--run runs/it-b --weigh-anew --name photos-b`"),
         ((0.80, 0.8979, 0.85, 0.90), "Keep the whole network.*b, the nearest, has 89.79%"),
         ((0.95, 0.8979, 0.85, 0.90), "--run runs/it --depth a`"),
         ((0.80, 0.8979, 0.8981, 0.90), "behind b, fine-tuned for 2 epochs: .*89.81%, with 50% of the multiply-adds"),
@@ -318,10 +341,13 @@ def test_a_fine_tuned_cut_is_a_run_like_any_other(fine_tuned, tmp_path):
     assert [(row["stage"], row["fine_tuned"]) for row in rows] == [
         ("conv4", 0), ("conv7", 0), ("conv10", 0), ("conv10", 2), ("conv13", 0),
     ]  # fmt: skip
-    assert rows[3]["test"] == pytest.approx(card.metrics.accuracy)
-    assert rows[3]["held_out"] == pytest.approx(run.history()[-1]["val_accuracy"])
+    again = shorten.open_trained(run)
+    assert fused_accuracy(again.held_out) == pytest.approx(run.history()[-1]["val_accuracy"])
+    assert fused_accuracy(again.test) == pytest.approx(card.metrics.accuracy)
     assert rows[3]["held_out"] > rows[2]["held_out"]  # it began as the cut, and learned
-    assert export(["--run", str(run.folder), "--name", "digits-conv10", "--out", str(tmp_path / "exports")]) == 0
+    exports = tmp_path / "exports"
+    assert export(["--run", str(run.folder), "--weigh-anew", "--name", "photos", "--out", str(exports)]) == 0
+    assert rows[3]["test"] == pytest.approx(card_of(exports / "photos" / "1" / "model.json").metrics.accuracy)
 
 
 def test_what_is_fine_tuned_is_not_trained_twice_and_not_taken_for_another(fine_tuned, trained, monkeypatch):
