@@ -71,9 +71,8 @@ def page(found: Row) -> str:
         ]
         parts.append(
             f"## Served\n\nwrk, one thread, {served['connections']} connections, forms with JPEGs of test images, on "
-            f"the same CPUs; {served['errors']} errors. After a model's name the promised loss. One lane that waits: "
-            "`INTERFLOW_LANES=1 INTERFLOW_THREADS=1 INTERFLOW_MAX_BATCH=32 INTERFLOW_BATCH_WAIT_US=5000`.\n\n"
-            + _table(("", "per second", "of bare", "p99 ms"), rows)
+            f"the same CPUs; {served['errors']} errors. After a model's name the promised loss. One lane: "
+            "`INTERFLOW_LANES=1 INTERFLOW_THREADS=1`.\n\n" + _table(("", "per second", "of bare", "p99 ms"), rows)
         )
     parts.insert(1, _table(("what was asked", "measured", "to reach", "reached"), _verdicts(found)))
     return "\n\n".join(parts) + "\n"
