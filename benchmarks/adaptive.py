@@ -64,8 +64,8 @@ FULL = "full"
 SERVED_PROMISES = 2
 """Of the strictest, over HTTP."""
 THROUGHPUT = {"lanes": 1, "threads": 1}
-"""Settings for requests of single images to a network that is done at once: a CPU is left to Python, which has more to do
-than the network."""
+"""Settings for requests of single images to a network that is done at once: they leave a CPU to Python, which has more
+to do than the network."""
 
 
 @dataclass(frozen=True)
