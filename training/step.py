@@ -254,8 +254,6 @@ def training_loss(
         divisor: of the sum over the images, which need not be a whole batch; None for their own weight: the mean.
     """
     weight = (len(labels) if class_weights is None else class_weights[labels].sum()) if divisor is None else divisor
-    branches = output.branch_logits.shape[1]
-    stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
 
     def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -263,6 +261,10 @@ def training_loss(
         )
 
     loss = cross_entropy(output.logits, labels)
+    if not (recipe.auxiliary_loss or recipe.distillation):
+        return loss / weight
+    branches = output.branch_logits.shape[1]
+    stages = (output.branch_weights * output.branch_logits).flatten(0, 1)
     if recipe.auxiliary_loss:
         loss = loss + recipe.auxiliary_loss * cross_entropy(stages, labels.repeat_interleave(branches)) / branches
     if recipe.distillation:
