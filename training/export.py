@@ -27,9 +27,9 @@ from training.shorten import (
     require_tolerance,
     shortened,
     weighed_anew,
+    with_work,
 )
 from training.verify import verify
-from training.work import stage_work
 
 EXPORTS = Path("exports")
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     graph = to_graph(network, card)
     if precision != "float32":
-        card = _with_work(card, network)
+        card = with_work(card, network)
         recipe = load_recipe(run.recipe).model_copy(update={"mean": card.input.mean, "std": card.input.std})
         graph, card = reduced(
             graph, card, data_of(run, recipe), workers=recipe.workers, precision=precision, tolerance=tolerance
@@ -113,13 +113,6 @@ def _refitted(run: Run, stage: str | None, tolerance: float | None, weigh_anew: 
     else:
         network, card = trained.network, trained.card
     return card, network
-
-
-def _with_work(card: ModelCard, network: Interflow) -> ModelCard:
-    """The card with the stages' work counted, as those from before adaptive depth have it not."""
-    work = stage_work(network, card.input)
-    stages = (stage.model_copy(update={"work": done}) for stage, done in zip(card.stages, work, strict=True))
-    return card.model_copy(update={"stages": tuple(stages)})
 
 
 def _with_exits_if_it_can_be_cut(graph: ModelProto, card: ModelCard) -> ModelCard:

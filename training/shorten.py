@@ -210,11 +210,15 @@ def weighed_anew(trained: Trained) -> tuple[Interflow, ModelCard]:
     if not card.method.learned:
         raise InterflowError(f"{card.name} cannot be weighed anew: {card.method.name} gives its attention weights.")
     network = deepcopy(trained.network)
-    stages = (
-        info.model_copy(update={"work": done})
-        for info, done in zip(card.stages, stage_work(network, card.input), strict=True)
-    )
-    return _fitted(trained, network, {"method": card.method, "stages": tuple(stages)}, weigh_anew=True)
+    stages = with_work(card, network).stages
+    return _fitted(trained, network, {"method": card.method, "stages": stages}, weigh_anew=True)
+
+
+def with_work(card: ModelCard, network: Interflow) -> ModelCard:
+    """The card with the stages' work counted, as those from before adaptive depth have it not."""
+    work = stage_work(network, card.input)
+    stages = (stage.model_copy(update={"work": done}) for stage, done in zip(card.stages, work, strict=True))
+    return card.model_copy(update={"stages": tuple(stages)})
 
 
 def _fitted(
