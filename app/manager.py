@@ -1,13 +1,12 @@
 """Models come and go while others answer: load, reload and unload on request, and by what changes on disk."""
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from app import memory
 from app.errors import LoadError, ModelNotFoundError
 from app.repository import LoadedModel, Repository, load_model
 from app.schemas import IndexEntry
@@ -205,7 +204,7 @@ class Manager:
 
     def _swap(self, name: str, models: list[LoadedModel]) -> None:
         self._repository.replace(name, models)
-        _give_memory_back()
+        memory.give_back()
         versions = ", ".join(model.card.version for model in models)
         logger.info("model %s: %s", name, f"loaded is now version {versions}" if versions else "unloaded")
 
@@ -219,9 +218,3 @@ class Manager:
             logger.error("%s", complaint)
         self._complaint = complaint
         return found
-
-
-def _give_memory_back() -> None:
-    """Return what was freed to the system; glibc's malloc would keep half as much again as the server needs."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc, which has no such call
-        ctypes.CDLL(None).malloc_trim(0)

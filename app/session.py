@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from app import cuda
+from app import cuda, memory
 from app.cpus import be_nice, usable_cpus
 from app.cuda import CUDA, CudaNetwork
 from app.early_exit import EarlyExit, stopped
@@ -309,15 +309,16 @@ def _create(model: Path | bytes, providers: list, settings: Settings, threads: i
 
 @cache
 def _share_memory() -> None:
-    """Give all sessions of this process one pool of memory to compute in.
+    """Give all sessions of this process one pool of memory to compute in, and weights mappings of their own.
 
-    Each would have its own, which lay in the malloc arenas of its threads and was freed at its end; and glibc keeps the
+    Each session's own pool would lie in the malloc arenas of its threads and be freed at its end; and glibc keeps the
     top of a thread's arena, so that under load a server grew with its reloads, by a pool for every arena.
     """
-    memory = onnxruntime.OrtMemoryInfo(
+    memory.map_large_blocks()
+    pool = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    onnxruntime.create_and_register_allocator(memory, None)
+    onnxruntime.create_and_register_allocator(pool, None)
 
 
 def _check_metadata(session: onnxruntime.InferenceSession, card: ModelCard, path: Path) -> None:
