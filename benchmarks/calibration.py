@@ -34,12 +34,11 @@ from benchmarks.doubt_measures import FOLDS, SEED, Outputs, Scores, ahead, areas
 from model.contract import InterflowError
 from model.explain import fused_confidences, readings, softmax
 from training import calibration, cli
-from training.artefact import network_of
 from training.calibration import Predictions
-from training.checkpoint import load_network
 from training.data import load_data
 from training.doubt import fit_doubt
 from training.files import replacing, write_text
+from training.finish import open_finished
 from training.loop import predict
 from training.recipe import load_recipe
 from training.run import Run, newest_finished
@@ -105,9 +104,8 @@ def measure(run: Run, foreign: list[Path]) -> tuple[dict[str, Any], Scores]:
     Raises:
         InterflowError: no finished run, nothing was held out, or as `load_data`.
     """
-    card, recipe = run.finished_card(), load_recipe(run.recipe)
-    network = network_of(card)
-    load_network(run.checkpoint, network)
+    card, network = open_finished(run)
+    recipe = load_recipe(run.recipe)
     data = load_data(recipe)
     if data.val is None:
         raise InterflowError(f"{run.folder}: nothing was held out to fit on; train a run with --val-fraction 0.1.")

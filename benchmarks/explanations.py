@@ -86,10 +86,10 @@ from model.contract import IMAGE, LOGITS, MODEL_FILE, InterflowError, ModelCard
 from model.explain import contribution_maps, evidence_maps, fused_confidences, spread
 from model.interflow import Interflow, Normalize
 from training import cli
-from training.artefact import network_of
-from training.checkpoint import load_network, weights_sha256
+from training.checkpoint import weights_sha256
 from training.data import load_data
 from training.files import replacing, write_text
+from training.finish import open_finished
 from training.recipe import load_recipe
 from training.run import Run, newest_finished
 
@@ -261,9 +261,7 @@ def load_subject(run: Run) -> Subject:
     Raises:
         InterflowError: the run is not finished, or its data are not there or too large for this.
     """
-    card = run.finished_card()
-    network = network_of(card)
-    load_network(run.checkpoint, network)
+    card, network = open_finished(run)
     data = load_data(load_recipe(run.recipe))
     if (data.size[0] % PATCHES, data.size[1] % PATCHES) != (0, 0):
         raise InterflowError(f"images of {data.size} pixels do not divide into {PATCHES}x{PATCHES} patches.")

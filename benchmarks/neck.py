@@ -26,8 +26,7 @@ import torch
 
 from model.explain import fused_confidences
 from model.interflow import Normalize
-from training.artefact import network_of
-from training.checkpoint import load_network
+from training.finish import open_finished
 from training.run import Run
 
 
@@ -45,8 +44,7 @@ def main() -> None:
         len(cards), columns, figsize=(2.4 * columns, 2.9 * len(cards)), squeeze=False, layout="constrained"
     )
     for folder, card, row in zip(options.runs, cards, axes, strict=True):
-        network = network_of(card)
-        load_network(Run(folder).checkpoint, network)
+        _, network = open_finished(Run(folder))
         pixels = torch.from_numpy(Run(folder).load_samples()[options.sample : options.sample + 1])
         with torch.no_grad():
             output = network(Normalize(card.input.mean, card.input.std)(pixels))

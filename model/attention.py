@@ -50,6 +50,11 @@ class BranchAttention(nn.Module):
         """W, (branches, classes); weights shared by the classes are repeated."""
         return self.weight.expand(-1, self.num_classes)
 
+    def set_matrix(self, weights: Tensor) -> None:
+        """Put these in W's place, (branches, classes); equal along a row where the classes share them."""
+        with torch.no_grad():
+            self.weight.copy_(weights[:, : self.weight.shape[1]])
+
     def forward(self, branch_logits: Tensor) -> Tensor:
         """Fuse (N, branches, classes) to the logits (N, classes)."""
         return (self.weight * branch_logits).sum(dim=1)

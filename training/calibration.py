@@ -4,7 +4,7 @@ All from the outputs of one pass over a data set, with the functions that the se
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -74,6 +74,13 @@ def fit_stage_factors(predictions: Predictions) -> np.ndarray:
     factors = logarithms.detach().exp()
     usable = bool(factors.isfinite().all() and (factors > 0).all())
     return factors.numpy() if usable else np.ones(len(factors))
+
+
+def weigh_anew(held_out: Predictions, test: Predictions) -> tuple[Predictions, Predictions]:
+    """Both, with each stage's attention weights times the factor that suits the held-out images."""
+    weights = held_out.branch_weights
+    weights = weights * fit_stage_factors(held_out)[:, np.newaxis].astype(weights.dtype)
+    return replace(held_out, branch_weights=weights), replace(test, branch_weights=weights)
 
 
 def fit_reading_scales(predictions: Predictions, per_class: bool) -> np.ndarray:

@@ -37,7 +37,6 @@ from training.shorten import (
     require_tolerance,
     shorten,
     shortened,
-    up_to,
 )
 from training.train import build_network
 
@@ -230,6 +229,7 @@ def _plans(run: Run, card: ModelCard, stages: Sequence[str] | None, epochs: int)
             "epochs": epochs,
             "lr": recipe.lr / SLOWER,
             "drop_epochs": 0,
+            "weigh_anew": True,  # as the cut that is not trained on
         }
         origin = {"run": run.folder.name, "stage": stage, "weights_sha256": card.provenance.weights_sha256}
         folder = run.folder.with_name(name_of_cut(run.folder.name, stage))
@@ -285,14 +285,13 @@ def _fine_tuned_row(plan: Plan, trained: Trained, table: DepthTable) -> Row:
     print(f"{plan.stage}, fine-tuned for {plan.recipe.epochs} epochs: {plan.run.folder}")
     fine_tune(plan, trained)
     again = open_trained(plan.run, trained.data)
-    held_out, test = up_to(again, len(again.card.stages), weigh_anew=True)  # as the cut that was not trained on
     plain = next(row for row in table.rows if row.stage == plan.stage)  # of the same graph, so of the same cost
     return replace(
         plain,
         fine_tuned=plan.recipe.epochs,
         run=str(plan.run.folder),
-        held_out=fused_accuracy(held_out),
-        test=fused_accuracy(test),
+        held_out=fused_accuracy(again.held_out),
+        test=fused_accuracy(again.test),
     )
 
 

@@ -82,7 +82,7 @@ class DepthTable:
                 f"Keep the whole network: no shorter one is within {self.tolerance:g} points of its "
                 f"{whole.held_out:.2%} on held-out images; {_called(nearest)}, the nearest, has {nearest.held_out:.2%}."
             )
-        depth = " --weigh-anew" if best.fine_tuned else f" --depth {shlex.quote(best.stage)}"
+        depth = "" if best.fine_tuned else f" --depth {shlex.quote(best.stage)}"
         name = f" --name {name_of_cut(self.model, best.stage)}" if best.fine_tuned else ""
         shares = (
             f"{best.multiply_adds / whole.multiply_adds:.0%} of the multiply-adds",

@@ -12,6 +12,7 @@ from model.cut import CutError, cut
 from model.interflow import Interflow
 from training import cli
 from training.artefact import export_versions, next_version, require_fitting, to_graph, with_card, write_artefact
+from training.finish import open_finished
 from training.precision import PRECISIONS, SUFFIXES, reduced, summary
 from training.precision import TOLERANCE as PRECISION_TOLERANCE
 from training.recipe import load_recipe
@@ -21,15 +22,13 @@ from training.shorten import (
     TOLERANCE,
     choose,
     data_of,
-    open_finished,
     open_trained,
     require_stage,
     require_tolerance,
     shortened,
-    weighed_anew,
-    with_work,
 )
 from training.verify import verify
+from training.work import stage_work
 
 EXPORTS = Path("exports")
 
@@ -46,12 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="STAGE",
         help=f"export the network without the stages behind this one, as <name>-<stage>, or with {AUTO} the shortest "
         "that loses no more than --tolerance on held-out images; takes the run's own images",
-    )
-    parser.add_argument(
-        "--weigh-anew",
-        action="store_true",
-        help="give each stage's attention weights a factor, fitted on held-out images, as --depth does where it cuts; "
-        "takes the run's own images",
     )
     parser.add_argument(
         "--precision",
@@ -71,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.run) if options.run else newest_finished()
     samples = run.load_samples()
     tolerance = require_tolerance(PRECISION_TOLERANCE if options.tolerance is None else options.tolerance)
-    if options.depth or options.weigh_anew:
-        card, network = _refitted(run, options.depth, options.tolerance, options.weigh_anew)
+    if options.depth:
+        card, network = _cut(run, options.depth, options.tolerance)
     else:
         card, network = open_finished(run)
     precision = PRECISIONS[options.precision]
@@ -82,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     graph = to_graph(network, card)
     if precision != "float32":
-        card = with_work(card, network)
+        card = _with_work(card, network)
         recipe = load_recipe(run.recipe).model_copy(update={"mean": card.input.mean, "std": card.input.std})
         graph, card = reduced(
             graph, card, data_of(run, recipe), workers=recipe.workers, precision=precision, tolerance=tolerance
@@ -96,23 +89,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _refitted(run: Run, stage: str | None, tolerance: float | None, weigh_anew: bool) -> tuple[ModelCard, Interflow]:
-    """The run's network without the stages behind this one, or that which `AUTO` finds; or the whole, weighed anew."""
+def _cut(run: Run, stage: str, tolerance: float | None) -> tuple[ModelCard, Interflow]:
+    """The run's network without the stages behind this one, or behind that which `AUTO` finds."""
     tolerance = require_tolerance(TOLERANCE if tolerance is None else tolerance)
-    if stage is not None:
-        require_stage(run.finished_card(), stage)
+    require_stage(run.finished_card(), stage)
     print(f"asking {run.folder} about its held-out and test images")
     trained = open_trained(run)
     if stage == AUTO:
         stage, why = choose(trained, tolerance)
         print(why)
-    if stage not in (None, trained.card.stages[-1].name):
-        network, card = shortened(trained, stage)
-    elif weigh_anew:
-        network, card = weighed_anew(trained)
-    else:
-        network, card = trained.network, trained.card
+    if stage == trained.card.stages[-1].name:
+        return trained.card, trained.network
+    network, card = shortened(trained, stage)
     return card, network
+
+
+def _with_work(card: ModelCard, network: Interflow) -> ModelCard:
+    """The card with the stages' work counted, as those from before adaptive depth have it not."""
+    work = stage_work(network, card.input)
+    stages = (stage.model_copy(update={"work": done}) for stage, done in zip(card.stages, work, strict=True))
+    return card.model_copy(update={"stages": tuple(stages)})
 
 
 def _with_exits_if_it_can_be_cut(graph: ModelProto, card: ModelCard) -> ModelCard:

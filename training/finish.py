@@ -1,4 +1,7 @@
-"""After the last epoch: fit what the card needs on held-out images, measure on test, once, and draw the curves."""
+"""After the last epoch: fit what the card needs on held-out images, measure on test, once, and draw the curves.
+
+And the other way round: open what was finished.
+"""
 
 import platform
 from datetime import UTC, datetime
@@ -7,10 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.contract import BackboneInfo, LayerAttentionInfo, MethodInfo, ModelCard, Provenance, StageInfo
+from model.contract import (
+    BackboneInfo,
+    InterflowError,
+    LayerAttentionInfo,
+    MethodInfo,
+    ModelCard,
+    Provenance,
+    StageInfo,
+)
 from model.interflow import Interflow, InterflowOutput
 from training import calibration, ranks
-from training.checkpoint import weights_sha256
+from training.artefact import network_of
+from training.checkpoint import load_network, weights_sha256
 from training.data import ImageData
 from training.files import replacing, write_text
 from training.fitting import fitted_fields
@@ -24,7 +36,9 @@ from training.work import stage_work
 def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> ModelCard | None:
     """Write the run's samples, plots and, last, its card.
 
-    Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out.
+    Readings, temperature and importance are fitted on the validation split, or on train where nothing was held out. On
+    the validation split alone, where the recipe says so, the attention weights get a factor for each stage. The run's
+    checkpoint keeps those that were trained, so that to finish it again gives the same; the card has the others.
 
     Several processes share the images; the first does all the rest, and the others get None.
     """
@@ -32,6 +46,10 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     test = predict(network, data, data.test, recipe)
     if not ranks.first():
         return None
+    weigh_anew = recipe.weigh_anew and network.method.learned and data.val is not None
+    if weigh_anew:
+        held_out, test = calibration.weigh_anew(held_out, test)
+        network.attention.set_matrix(torch.from_numpy(held_out.branch_weights))
     output = _one_pass(network, data)
     work = stage_work(network, data.spec)
 
@@ -53,6 +71,7 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
             initial_weights=network.method.initial_weights or "random",
             learned=network.method.learned,
             shared_heads=network.shared_heads,
+            weighed_anew=weigh_anew,
         ),
         stages=tuple(
             StageInfo(
@@ -96,6 +115,22 @@ def finish(network: Interflow, data: ImageData, recipe: Recipe, run: Run) -> Mod
     plot_confusion(calibration.confusion(test), data.classes, run.folder / "confusion.png")
     write_text(run.card, card.to_json() + "\n")
     return card
+
+
+def open_finished(run: Run) -> tuple[ModelCard, Interflow]:
+    """A finished run's card and its network, in evaluation mode, on the CPU.
+
+    Raises:
+        InterflowError: not finished, or not with the weights that the card describes.
+    """
+    card = run.finished_card()
+    network = network_of(card)
+    load_network(run.checkpoint, network)
+    if card.method.weighed_anew:
+        network.attention.set_matrix(torch.tensor(card.branch_weights))
+    if weights_sha256(network) != card.provenance.weights_sha256:
+        raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
+    return card, network
 
 
 def fitted_on(data: ImageData) -> str:

@@ -124,6 +124,9 @@ class Recipe(BaseModel):
     cutout: Annotated[int, Field(ge=0, le=4096)] = _setting(
         "training", 0, "pixels a side of a square of the mean colour, put over every image at random"
     )
+    weigh_anew: bool = _setting(
+        "training", False, "at the end, fit a factor for each stage's learned attention weights on held-out images"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = _setting("training", 0, "of weights, order and augmentation")
     precision: Literal["float32", "bfloat16"] = _setting("training", "float32", "float32 or bfloat16")
     channels_last: bool = _setting("training", False, "keep the channels of a pixel side by side in memory")

@@ -6,22 +6,21 @@ that is fitted is fitted anew.
 """
 
 import re
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import torch
 
 from model.backbones.weights import load_weights
 from model.contract import InterflowError, ModelCard
 from model.interflow import Interflow
+from training import calibration
 from training.artefact import network_of
-from training.calibration import Predictions, fit_stage_factors, fused_accuracy
-from training.checkpoint import load_network, read_progress, weights_sha256
+from training.calibration import Predictions, fused_accuracy
+from training.checkpoint import read_progress, weights_sha256
 from training.data import ImageData, load_data
-from training.finish import fitted_on
+from training.finish import fitted_on, open_finished
 from training.fitting import fitted_fields
 from training.loop import choose_device, predict
 from training.recipe import Recipe, load_recipe
@@ -52,20 +51,6 @@ class Trained:
     data: ImageData
     held_out: Predictions
     test: Predictions
-
-
-def open_finished(run: Run) -> tuple[ModelCard, Interflow]:
-    """A finished run's card and its network, in evaluation mode, on the CPU.
-
-    Raises:
-        InterflowError: not finished, or not with the weights that the card describes.
-    """
-    card = run.finished_card()
-    network = network_of(card)
-    load_network(run.checkpoint, network)
-    if weights_sha256(network) != card.provenance.weights_sha256:
-        raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
-    return card, network
 
 
 def open_trained(run: Run, data: ImageData | None = None) -> Trained:
@@ -200,36 +185,13 @@ def shortened(trained: Trained, stage: str) -> tuple[Interflow, ModelCard]:
     return _fitted(trained, network, described | {"name": name_of_cut(trained.card.name, stage)}, weigh_anew=shorter)
 
 
-def weighed_anew(trained: Trained) -> tuple[Interflow, ModelCard]:
-    """A run's whole network with a factor to each stage's attention weights, fitted on held-out images.
-
-    Raises:
-        InterflowError: its weights were not learned, so they are not to be changed.
-    """
-    card = trained.card
-    if not card.method.learned:
-        raise InterflowError(f"{card.name} cannot be weighed anew: {card.method.name} gives its attention weights.")
-    network = deepcopy(trained.network)
-    stages = with_work(card, network).stages
-    return _fitted(trained, network, {"method": card.method, "stages": stages}, weigh_anew=True)
-
-
-def with_work(card: ModelCard, network: Interflow) -> ModelCard:
-    """The card with the stages' work counted, as those from before adaptive depth have it not."""
-    work = stage_work(network, card.input)
-    stages = (stage.model_copy(update={"work": done}) for stage, done in zip(card.stages, work, strict=True))
-    return card.model_copy(update={"stages": tuple(stages)})
-
-
 def _fitted(
     trained: Trained, network: Interflow, described: dict[str, Any], *, weigh_anew: bool
 ) -> tuple[Interflow, ModelCard]:
     """The network, weighed anew or not, and its card: the run's, with these fields, and all that is fitted."""
     card = trained.card
     held_out, test = up_to(trained, len(network.stages), weigh_anew=weigh_anew)
-    weights = torch.from_numpy(held_out.branch_weights)
-    with torch.no_grad():
-        network.attention.weight.copy_(weights[:, : network.attention.weight.shape[1]])
+    network.attention.set_matrix(torch.from_numpy(held_out.branch_weights))
     provenance = card.provenance.model_copy(
         update={"created": datetime.now(UTC), "weights_sha256": weights_sha256(network)}
     )
@@ -266,9 +228,7 @@ def up_to(trained: Trained, count: int, *, weigh_anew: bool) -> tuple[Prediction
     held_out, test = (
         Predictions(said.branch_logits[:, :count], weights, said.labels) for said in (trained.held_out, trained.test)
     )
-    if weigh_anew and trained.card.method.learned:
-        weights = weights * fit_stage_factors(held_out)[:, np.newaxis].astype(weights.dtype)
-    return replace(held_out, branch_weights=weights), replace(test, branch_weights=weights)
+    return calibration.weigh_anew(held_out, test) if weigh_anew and trained.card.method.learned else (held_out, test)
 
 
 def accuracies(trained: Trained) -> list[tuple[float, float]]:

@@ -23,8 +23,8 @@ from model.contract import (
     ModelCard,
     branch_map_name,
 )
-from training.artefact import ServedNetwork, network_of
-from training.checkpoint import load_network, weights_sha256
+from training.artefact import ServedNetwork
+from training.finish import open_finished
 from training.recipe import Recipe, load_recipe
 from training.run import RUNS, Run
 
@@ -93,11 +93,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _run(run: Run, device: torch.device) -> Subject:
-    card = run.finished_card()
-    network = network_of(card)
-    load_network(run.checkpoint, network)
-    if weights_sha256(network) != card.provenance.weights_sha256:
-        raise InterflowError(f"{run.checkpoint}: not the weights that {run.card} describes; train the run again.")
+    card, network = open_finished(run)
     served = ServedNetwork(network, card).to(device).eval()
     features: list[Tensor] = []
 

@@ -20,7 +20,7 @@ from model.images import read_input
 from model.interflow import Normalize
 from model.registry import create_model
 from training import artefact, depth, shorten
-from training.calibration import fused_accuracy, fused_nll
+from training.calibration import fused_accuracy
 from training.checkpoint import load_network
 from training.depth_report import DepthTable, Row
 from training.evaluate import main as evaluate
@@ -227,30 +227,6 @@ def test_test_images_have_no_say(trained):
     )
 
 
-def test_a_whole_network_is_weighed_anew_where_that_is_asked_for(trained_run, trained, exported, tmp_path):
-    before = {key: tensor.clone() for key, tensor in trained.network.state_dict().items()}
-    assert export(["--run", str(trained_run), "--weigh-anew", "--out", str(tmp_path)]) == 0
-    path, whole = tmp_path / "digits" / "1", card_of(exported / "digits" / "1" / "model.json")
-    card = card_of(path / "model.json")
-    assert (whole.method.weighed_anew, card.method.weighed_anew) == (False, True)
-    assert card.stages == whole.stages
-    said, as_trained = (shorten.up_to(trained, 4, weigh_anew=anew)[0] for anew in (True, False))
-    np.testing.assert_allclose(card.branch_weights, said.branch_weights)
-    np.testing.assert_allclose(as_trained.branch_weights, whole.branch_weights)
-    assert fused_nll(said, card.temperature, card.power) < fused_nll(as_trained, whole.temperature, whole.power)
-
-    samples = np.load(trained_run / "samples.npy")
-    session = onnxruntime.InferenceSession(path / "model.onnx")
-    logits, branch_logits = session.run(["logits", "branch_logits"], {"image": samples})
-    np.testing.assert_allclose(logits, (card.branch_weights * branch_logits).sum(axis=1), rtol=1e-4, atol=1e-4)
-    network, _ = shorten.weighed_anew(trained)
-    assert not torch.equal(network.attention.weight, trained.network.attention.weight)
-    assert all(torch.equal(before[key], tensor) for key, tensor in trained.network.state_dict().items())
-    fixed = trained.card.model_copy(update={"method": trained.card.method.model_copy(update={"learned": False})})
-    with pytest.raises(InterflowError, match="S3 gives its attention weights"):
-        shorten.weighed_anew(replace(trained, card=fixed))
-
-
 @pytest.fixture(scope="module")
 def fine_tuned(trained_run, tmp_path_factory):
     """A copy of the run, beside it that which was cut behind conv10 and fine-tuned; the results; what was said."""
@@ -314,7 +290,7 @@ def row(stage, held_out, fine_tuned=0, **fields):
     ("held_out", "advised"),
     [
         ((0.80, 0.898, 0.90, 0.90), "--run runs/it --depth b`"),  # two points in a thousand, exactly
-        ((0.80, 0.8979, 0.90, 0.90), "--run runs/it-b --weigh-anew --name photos-b`"),
+        ((0.80, 0.8979, 0.90, 0.90), "--run runs/it-b --name photos-b`"),
         ((0.80, 0.8979, 0.85, 0.90), "Keep the whole network.*b, the nearest, has 89.79%"),
         ((0.95, 0.8979, 0.85, 0.90), "--run runs/it --depth a`"),
         ((0.80, 0.8979, 0.8981, 0.90), "behind b, fine-tuned for 2 epochs: .*89.81%, with 50% of the multiply-adds"),
@@ -346,7 +322,7 @@ def test_a_fine_tuned_cut_is_a_run_like_any_other(fine_tuned, tmp_path):
     assert fused_accuracy(again.test) == pytest.approx(card.metrics.accuracy)
     assert rows[3]["held_out"] > rows[2]["held_out"]  # it began as the cut, and learned
     exports = tmp_path / "exports"
-    assert export(["--run", str(run.folder), "--weigh-anew", "--name", "photos", "--out", str(exports)]) == 0
+    assert export(["--run", str(run.folder), "--name", "photos", "--out", str(exports)]) == 0
     assert rows[3]["test"] == pytest.approx(card_of(exports / "photos" / "1" / "model.json").metrics.accuracy)
 
 

@@ -26,9 +26,9 @@ from training.calibration import Predictions, fit_reading_scales, importance
 from training.checkpoint import load_network
 from training.data import load_data
 from training.export import main
+from training.finish import open_finished
 from training.recipe import load_recipe
 from training.run import Run
-from training.shorten import open_finished
 from training.verify import CUT_TOLERANCE, VerificationError, verify
 
 KINDS = {"int8": ("int8", "digits-int8"), "fp16": ("float16", "digits-fp16")}
