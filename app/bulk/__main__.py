@@ -13,15 +13,29 @@ from model.images import FORMATS
 EXTRA = ("fsspec", "pyarrow", "tqdm")
 
 
-class _Interrupted(BaseException):
-    """A signal asked for the end; its argument is the number."""
-
-
 def main() -> None:
     """List, score, count; exits with 0 when all images are in OUT, readable or not."""
     options = _argument_parser().parse_args()
+    asked_to_end: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        for ignored in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ignored, signal.SIG_IGN)  # the workers are being ended already
+        asked_to_end.append(number)
+        raise KeyboardInterrupt  # Ray, waiting in C++, makes a SystemError of any other
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
+    try:
+        _run(options)
+    except BaseException:
+        if not asked_to_end:
+            raise
+        print("interrupted. The same command goes on where it was.", file=sys.stderr)
+        sys.exit(128 + asked_to_end[0])  # whatever else was raised on the way out
+
+
+def _run(options: argparse.Namespace) -> None:
     try:
         from app.bulk.run import run  # noqa: PLC0415 - what it takes is asked for below
     except ModuleNotFoundError as error:
@@ -40,15 +54,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be read
         sys.exit(f"error: {error.filename}: {error.strerror}." if error.filename else f"error: {error}.")
-    except _Interrupted as interrupted:
-        print("interrupted. The same command goes on where it was.", file=sys.stderr)
-        sys.exit(128 + interrupted.args[0])
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)  # the workers are being ended already
-    raise _Interrupted(number)
 
 
 def _argument_parser() -> argparse.ArgumentParser:

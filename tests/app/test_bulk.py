@@ -670,7 +670,7 @@ def test_killed_it_goes_on_where_it_was(many, tmp_path):
     wait_for(lambda: parts_done(out) >= 25, run)
     run.terminate()
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM
+    assert run.returncode == 128 + signal.SIGTERM, errors
     assert "ended by SIGKILL; another takes part" in errors
     assert "The same command goes on where it was" in errors
     assert not list(out.glob("*/.*.tmp"))
@@ -692,6 +692,29 @@ def finish(many, out, *arguments):
     assert plan_in(out).done == plan_in(many / "out").done
     assert {path.name for path in out.iterdir()} == {".lock", "run.json", "listing", "predictions", "unreadable"}
     assert not list(out.glob("*/.*.tmp"))
+
+
+@pytest.mark.parametrize("on_the_way_out", [None, SystemError("Ray's"), InterflowError("an actor died"), OSError()])
+def test_a_signal_ends_it_the_same_way_whatever_comes_of_it(on_the_way_out, monkeypatch, capsys, tmp_path):
+    def run(options, settings):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            if on_the_way_out is not None:
+                raise on_the_way_out
+
+    monkeypatch.setattr(bulk, "run", run)
+    monkeypatch.setattr(command, "start_logging", lambda settings: None)
+    monkeypatch.setattr(sys, "argv", ["bulk", str(tmp_path), str(tmp_path / "out")])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "The same command goes on where it was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -739,6 +762,6 @@ def test_a_cluster_gives_what_this_machine_gives(many, tmp_path):
     run = begin(many / "in", out, "--processes", "2", "--ray")
     wait_for(lambda: parts_done(out) >= 20, run, seconds=300)
     run.terminate()
-    run.communicate(timeout=120)
-    assert run.returncode == 128 + signal.SIGTERM
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM, errors
     finish(many, out, "--ray")
