@@ -17,6 +17,7 @@ from app.middleware import (
     AccessMiddleware,
     BodyMiddleware,
     CorsMiddleware,
+    HeadMiddleware,
     RequestIdMiddleware,
     RootPathMiddleware,
 )
@@ -75,6 +76,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     if settings:
         _configure(app, settings)
     for middleware in (  # the first is the innermost
+        HeadMiddleware,
         BodyMiddleware,
         KeyMiddleware,
         CorsMiddleware,

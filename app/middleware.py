@@ -210,3 +210,25 @@ class BodyMiddleware:
             await self.app(scope, receive_in_time, send)
         finally:
             held.release()
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET without the body: load balancers and monitors ask `/healthz` so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope; all but HEAD passes through."""
+        if scope.get("method") != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_no_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send_no_body)
+        finally:
+            scope["route"] = as_get.get("route")  # for log and metrics, which keep the method that was asked

@@ -108,3 +108,38 @@ def test_pages_of_the_origins_may_ask_and_others_may_not(below):
 
 def test_without_the_setting_no_page_of_another_origin_may_ask(colours):
     assert "access-control-allow-origin" not in colours.get("/model", headers={"Origin": "https://a.example"}).headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/static/page.css",
+        "/healthz",
+        "/readyz",
+        "/model",
+        "/metrics",
+        "/v2/health/live",
+        "/docs",
+        "/nowhere",
+        "/predict",
+    ],
+)
+def test_head_is_answered_as_get_without_the_body(colours, raw_answer, path):
+    whole = colours.get(path)
+    head = raw_answer(colours, f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert head.endswith(b"\r\n\r\n")
+    assert head.count(b"\r\n\r\n") == 1
+    lines = head.decode().lower().split("\r\n")
+    assert lines[0].startswith(f"http/1.1 {whole.status_code} ")
+    assert f"content-type: {whole.headers['content-type'].lower()}" in lines
+    if path not in ("/metrics", "/nowhere", "/predict"):  # which are another length each time
+        assert f"content-length: {whole.headers['content-length']}" in lines
+
+
+def test_head_is_counted_and_logged_as_what_it_is(colours):
+    count = 'interflow_requests_total{code="200",method="HEAD",route="/healthz"} '
+    before = [line for line in colours.get("/metrics").text.splitlines() if line.startswith(count)]
+    colours.head("/healthz")
+    (after,) = [line for line in colours.get("/metrics").text.splitlines() if line.startswith(count)]
+    assert float(after.removeprefix(count)) == (float(before[0].removeprefix(count)) if before else 0) + 1
