@@ -16,6 +16,10 @@ from app.cpus import be_nice
 from app.errors import DeadlineError, InferenceError, QueueFullError
 from app.inference import Inferred, Network
 
+BUSY_WAIT_S = 0.025
+"""While other images take all CPUs to be decoded, a batch fills up first, but no longer than this: for so long eight
+photographs of a megapixel are decoded by two CPUs that also run them."""
+
 OnBatch = Callable[[int, float], None]
 """Told images and seconds of every batch that succeeded, by the thread that ran it."""
 
@@ -25,6 +29,9 @@ class Batcher:
 
     An idle lane takes a single image at once. While all are busy the queue grows, and with it the next batch, so that
     batches follow the load by themselves; `wait_us` makes a lane wait for company, which costs the first who came.
+    Where lanes share the CPUs with decoders that lag behind, a nice one waits for what they will bring: it would get
+    little of a CPU, and use it badly. With 32 clients' photographs of a megapixel on 2 CPUs, batches of 8 rather than 4
+    gave 5 to 10 % more requests a second, and the slowest sooner.
 
     Asked from one event loop. One that nobody refers to any more ends by itself, as `close` would end it.
 
@@ -51,7 +58,7 @@ class Batcher:
     ) -> None:
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queue = _Queue(max_batch, wait_us / 1e6)
+        self._queue = _Queue(max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
         # daemons: a start that fails after this ends the process without `close`
         self._lanes = [
             threading.Thread(
@@ -69,6 +76,8 @@ class Batcher:
         names: Sequence[str],
         deadline: float | None = None,
         thresholds: Sequence[float] | None = None,
+        *,
+        more_to_come: bool = False,
     ) -> Inferred:
         """As `Inference.infer`; who is cancelled leaves the queue."""
         self.require_room(len(images))
@@ -76,7 +85,7 @@ class Batcher:
         asked = time.perf_counter()
         parts = [images[start : start + self._max_batch] for start in range(0, len(images), self._max_batch)]
         until = inf if deadline is None else deadline
-        asks = [_Ask(part, names, thresholds, loop.create_future(), asked, until) for part in parts]
+        asks = [_Ask(part, names, thresholds, loop.create_future(), asked, until, more_to_come) for part in parts]
         timer = None if deadline is None else loop.call_later(deadline - asked, _expire, asks)
         self._queue.put(asks)
         try:
@@ -118,17 +127,19 @@ class _Ask:
     answer: asyncio.Future[Inferred]
     asked: float
     deadline: float
+    more_to_come: bool
     waits: bool = True
 
 
 class _Queue:
     """What waits, in the order of arrival; the event loop puts, lanes take."""
 
-    def __init__(self, max_batch: int, wait_s: float) -> None:
+    def __init__(self, max_batch: int, wait_s: float, busy_wait_s: float) -> None:
         self.images = 0
         self._asks: deque[_Ask] = deque()
         self._max_batch = max_batch
         self._wait_s = wait_s
+        self._busy_wait_s = max(wait_s, busy_wait_s)
         self._closed = False
         self._changed = threading.Condition(threading.Lock())
 
@@ -157,8 +168,7 @@ class _Queue:
                     if self._closed:
                         return []
                     self._changed.wait()
-                if self._wait_s:
-                    self._wait_for_company()
+                self._wait_for_company()
                 if batch := self._next_batch():
                     return batch
 
@@ -168,10 +178,12 @@ class _Queue:
             self._changed.notify_all()
 
     def _wait_for_company(self) -> None:
-        self._changed.wait_for(
-            lambda: self.images >= self._max_batch or not self._asks or self._closed,
-            self._asks[0].asked + self._wait_s - time.perf_counter(),
-        )
+        while self._asks and self.images < self._max_batch and not self._closed:
+            wait_s = self._busy_wait_s if self._asks[-1].more_to_come else self._wait_s
+            left_s = wait_s and self._asks[0].asked + wait_s - time.perf_counter()
+            if left_s <= 0:
+                return
+            self._changed.wait(left_s)
 
     def _next_batch(self) -> list[_Ask]:
         batch: list[_Ask] = []

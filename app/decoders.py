@@ -133,6 +133,11 @@ class Decoders:
                 "that may. Come again in a second, or raise INTERFLOW_MAX_QUEUE."
             )
 
+    @property
+    def behind(self) -> bool:
+        """Images wait for a thread: all are busy."""
+        return self._inside > self._workers
+
     def close(self) -> None:
         """Finish what was accepted and free the threads; blocks."""
         self._pool.shutdown()

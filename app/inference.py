@@ -51,6 +51,8 @@ class Inference(Protocol):
         names: Sequence[str],
         deadline: float | None = None,
         thresholds: Sequence[float] | None = None,
+        *,
+        more_to_come: bool = False,
     ) -> Inferred:
         """uint8 (N, H, W, C) to the named outputs of N images, in their order.
 
@@ -59,6 +61,7 @@ class Inference(Protocol):
             names: of the outputs; only these are computed and given.
             deadline: moment of `time.perf_counter` after which nobody wants the answer any more.
             thresholds: B - 1 of these images, as `Network.run`; None: none is to stop early.
+            more_to_come: other images wait to be decoded, and take all CPUs until then.
 
         Raises:
             QueueFullError: too many images wait; nothing was spent on these.

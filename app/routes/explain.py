@@ -108,7 +108,8 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
             read_input_and_seen, source, model.card.input, settings.max_pixels, deadline=deadline
         )
         decoded = time.perf_counter()
-        inferred = await model.inference.infer(pixels[np.newaxis], model.interpreter.wanted(maps=True), deadline)
+        wanted = model.interpreter.wanted(maps=True)
+        inferred = await model.inference.infer(pixels[np.newaxis], wanted, deadline, more_to_come=decoders.behind)
         said = model.interpreter.interpret(inferred.outputs, 0, top_k=2)
         question = _question(said, query, target, versus)
 

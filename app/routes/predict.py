@@ -129,7 +129,8 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     deadline = deadline_of(request)
     model = _model(request, query)
     thresholds = _thresholds(request, model, query)
-    request.app.state.decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
+    decoders: Decoders = request.app.state.decoders
+    decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
     model.inference.require_room()
     source = await read_image(request, request.app.state.settings.max_bytes)
     received = time.perf_counter()
@@ -138,7 +139,9 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
         image = await _decode(request, model, query, source, deadline)
         decoded = time.perf_counter()
         wanted = model.interpreter.wanted(query.layers, query.explain == "maps")
-        inferred = await model.inference.infer(image.pixels[np.newaxis], wanted, deadline, thresholds)
+        inferred = await model.inference.infer(
+            image.pixels[np.newaxis], wanted, deadline, thresholds, more_to_come=decoders.behind
+        )
         said = await _interpret(request, model, query, inferred.outputs, image)
         _record(request, model, [said], [inferred], (received, decoded))
         return _answer(request, model, said, inferred, (received, decoded))
@@ -164,7 +167,8 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
     settings: Settings = request.app.state.settings
     sources = await read_images(request, settings.max_batch_bytes, settings.max_queue)
     received = time.perf_counter()
-    request.app.state.decoders.require_room(len(sources))
+    decoders: Decoders = request.app.state.decoders
+    decoders.require_room(len(sources))
     model.inference.require_room(len(sources))
 
     async def decode(source: bytes) -> Decoded | InterflowError:
@@ -188,7 +192,8 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
         for start in range(0, len(images), step):
             part = images[start : start + step]
             pixels = np.stack([image.pixels for image in part])
-            parts.append(inferred := await model.inference.infer(pixels, wanted, deadline, thresholds))
+            inferred = await model.inference.infer(pixels, wanted, deadline, thresholds, more_to_come=decoders.behind)
+            parts.append(inferred)
             for place, image in enumerate(part):
                 try:
                     said = await _interpret(request, model, query, inferred.outputs, image, place=place)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from app import batcher as module
 from app.answers import Interpreter, ReadNetwork
 from app.batcher import Batcher
 from app.errors import DeadlineError, InferenceError, QueueFullError
@@ -70,8 +71,8 @@ async def busy(network, one, lanes=1):
     return tasks
 
 
-def ask(one, *levels, names=("level",), deadline=None):
-    return asyncio.create_task(one.infer(images(*levels), names, deadline))
+def ask(one, *levels, names=("level",), deadline=None, **hint):
+    return asyncio.create_task(one.infer(images(*levels), names, deadline, **hint))
 
 
 async def settle():
@@ -394,6 +395,39 @@ def test_several_patient_lanes_lose_nothing(batcher):
 
     answers = asyncio.run(scenario())
     assert [answer.outputs["level"][0] for answer in answers] == list(range(200))
+
+
+@pytest.mark.parametrize("last", [(3, True), (3, False)])
+def test_a_nice_lane_waits_for_what_is_being_decoded(batcher, monkeypatch, last):
+    """Until its batch is full, or nothing more is to come."""
+    monkeypatch.setattr(module, "BUSY_WAIT_S", 3600)
+    network = Echo()
+    one = batcher(network, max_batch=3 if last[1] else 8, niceness=1)
+
+    async def scenario():
+        tasks = [ask(one, 1, more_to_come=True), ask(one, 2, more_to_come=True)]
+        await settle()
+        await asyncio.sleep(0.05)
+        assert network.batches == []
+        tasks += [ask(one, last[0], more_to_come=last[1])]
+        return await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert network.batches == [[1, 2, 3]]
+
+
+def test_what_is_being_decoded_is_waited_for_by_nice_lanes_only_and_not_for_long(batcher, monkeypatch):
+    nice, other = Echo(), Echo()
+    patient = batcher(nice, niceness=1)  # made with the true limit
+    monkeypatch.setattr(module, "BUSY_WAIT_S", 3600)
+    eager = batcher(other, niceness=0)
+
+    async def scenario():
+        return await asyncio.gather(ask(patient, 1, more_to_come=True), ask(eager, 2, more_to_come=True))
+
+    waited, _ = asyncio.run(scenario())
+    assert (nice.batches, other.batches) == ([[1]], [[2]])
+    assert waited.queue_ms >= 25
 
 
 # Times, what is told of them, and the end

@@ -142,9 +142,11 @@ def test_no_more_at_a_time_than_workers_and_no_more_waiting_than_may(decoders):
         tasks = [asyncio.create_task(decoders.run(gate.work, value)) for value in range(2)]
         await settle()
         decoders.require_room(100)  # nothing waits
+        assert not decoders.behind
         tasks += [asyncio.create_task(decoders.run(gate.work, value)) for value in (2, 3)]
         await settle()
         decoders.require_room(1)
+        assert decoders.behind
         with pytest.raises(QueueFullError, match="2 images wait to be decoded"):
             decoders.require_room(2)
         assert sorted(gate.began) == [0, 1]

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from app.answers import ReadNetwork
 from app.batcher import Batcher
+from app.decoders import Decoders
 from app.main import create_app
 from app.repository import Repository
 from app.schemas import Answer, Problem
@@ -489,6 +490,23 @@ def wait_until(condition):
             return
         time.sleep(0.01)
     raise AssertionError("it never became so")
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/explain"])
+def test_the_network_is_told_whether_more_is_to_come(colours, monkeypatch, path, behind):
+    told = []
+    infer = Batcher.infer
+
+    def listen(*arguments, more_to_come, **options):
+        told.append(more_to_come)
+        return infer(*arguments, more_to_come=more_to_come, **options)
+
+    monkeypatch.setattr(Batcher, "infer", listen)
+    monkeypatch.setattr(Decoders, "behind", behind)
+    field = "images" if path == "/predict/batch" else "image"
+    assert colours.post(path, files={field: solid("red")}).status_code == 200
+    assert told == [behind]
 
 
 def test_a_full_queue_is_429_with_retry_after(gated):
