@@ -397,19 +397,19 @@ def test_several_patient_lanes_lose_nothing(batcher):
     assert [answer.outputs["level"][0] for answer in answers] == list(range(200))
 
 
-@pytest.mark.parametrize("last", [(3, True), (3, False)])
-def test_a_nice_lane_waits_for_what_is_being_decoded(batcher, monkeypatch, last):
+@pytest.mark.parametrize("full", [True, False])
+def test_a_nice_lane_waits_for_what_is_being_decoded(batcher, monkeypatch, full):
     """Until its batch is full, or nothing more is to come."""
     monkeypatch.setattr(module, "BUSY_WAIT_S", 3600)
     network = Echo()
-    one = batcher(network, max_batch=3 if last[1] else 8, niceness=1)
+    one = batcher(network, max_batch=3 if full else 8, niceness=1)
 
     async def scenario():
         tasks = [ask(one, 1, more_to_come=True), ask(one, 2, more_to_come=True)]
         await settle()
         await asyncio.sleep(0.05)
         assert network.batches == []
-        tasks += [ask(one, last[0], more_to_come=last[1])]
+        tasks += [ask(one, 3, more_to_come=full)]
         return await asyncio.gather(*tasks)
 
     asyncio.run(scenario())
