@@ -225,13 +225,15 @@ class ReadNetwork:
         self._network = network
         self._interpreter = interpreter
 
-    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
+    def run(
+        self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None, *, alone: bool = False
+    ) -> Outputs:
         """As `Network.run`."""
         own = [name for name in names if name not in READ_OUTPUTS]
         if len(own) == len(names):
-            return self._network.run(images, names, thresholds)
+            return self._network.run(images, names, thresholds, alone=alone)
         whole = dict.fromkeys([*own, LOGITS, BRANCH_LOGITS, BRANCH_WEIGHTS])
-        outputs = self._network.run(images, list(whole), thresholds)
+        outputs = self._network.run(images, list(whole), thresholds, alone=alone)
         return {**outputs, **self._interpreter.read(outputs)}
 
 

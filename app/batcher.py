@@ -58,7 +58,7 @@ class Batcher:
     ) -> None:
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queue = _Queue(max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
+        self._queue = _Queue(lanes, max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
         # daemons: a start that fails after this ends the process without `close`
         self._lanes = [
             threading.Thread(
@@ -129,13 +129,16 @@ class _Ask:
     deadline: float
     more_to_come: bool
     waits: bool = True
+    alone: bool = False
+    """Nothing waited or ran when it came."""
 
 
 class _Queue:
     """What waits, in the order of arrival; the event loop puts, lanes take."""
 
-    def __init__(self, max_batch: int, wait_s: float, busy_wait_s: float) -> None:
+    def __init__(self, lanes: int, max_batch: int, wait_s: float, busy_wait_s: float) -> None:
         self.images = 0
+        self._busy_lanes = lanes
         self._asks: deque[_Ask] = deque()
         self._max_batch = max_batch
         self._wait_s = wait_s
@@ -147,6 +150,8 @@ class _Queue:
         with self._changed:
             if self._closed:
                 raise InferenceError("the network was closed.")
+            if len(asks) == 1:
+                asks[0].alone = not (self._asks or self._busy_lanes or asks[0].more_to_come)
             self._asks.extend(asks)
             self.images += sum(len(ask.images) for ask in asks)
             self._changed.notify(len(asks))
@@ -167,7 +172,9 @@ class _Queue:
                 while not self._asks:
                     if self._closed:
                         return []
+                    self._busy_lanes -= 1
                     self._changed.wait()
+                    self._busy_lanes += 1
                 self._wait_for_company()
                 if batch := self._next_batch():
                     return batch
@@ -230,7 +237,7 @@ def _run(batch: Sequence[_Ask], network: Network, on_batch: OnBatch | None) -> l
     images = batch[0].images if len(batch) == 1 else np.concatenate([ask.images for ask in batch])
     names = list(dict.fromkeys(name for ask in batch for name in ask.names))
     started = time.perf_counter()
-    outputs = network.run(images, names, _thresholds(batch))
+    outputs = network.run(images, names, _thresholds(batch), alone=len(batch) == 1 and batch[0].alone)
     seconds = time.perf_counter() - started
     if on_batch is not None:
         on_batch(len(images), seconds)

@@ -27,7 +27,9 @@ class Inferred:
 class Network(Protocol):
     """Blocking forward pass; `app.session.Session` is one."""
 
-    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
+    def run(
+        self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None, *, alone: bool = False
+    ) -> Outputs:
         """uint8 (N, H, W, C) to the named outputs of N images; called by several threads at a time.
 
         Args:
@@ -36,6 +38,7 @@ class Network(Protocol):
             thresholds: (N, B - 1): an image stops at the first stage whose reading is as confident as that. Then only
                 logits, branch logits and branch weights are to be had; those of deeper stages are NaN, and `STOPS` says
                 where each image stopped.
+            alone: nothing else waits or runs, so that it may take all CPUs to be done sooner.
 
         Raises:
             InferenceError: the network failed.

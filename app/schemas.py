@@ -228,7 +228,7 @@ class Runtime(_Body):
     cpus: Annotated[int, Field(description="that this process may use, by affinity and control group")]
     lanes: Annotated[int, Field(description="inferences at a time")]
     threads: Annotated[int, Field(description="CPU threads of an inference; the lanes share all but their own")]
-    lone_threads: Annotated[int, Field(description="CPU threads of an inference while no other runs")]
+    lone_threads: Annotated[int, Field(description="CPU threads of an inference that nothing waits or runs beside")]
     niceness: Annotated[int, Field(description="of these threads; 19 lets all others go first")]
     spinning: Annotated[bool, Field(description="idle threads of an inference burn their CPU")]
     max_batch: Annotated[int, Field(description="images that are run at a time")]

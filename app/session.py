@@ -1,7 +1,6 @@
 """An artefact in onnxruntime: opened, compared with its card, and warmed up with everything that the card promises."""
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -44,11 +43,19 @@ TOLERANCE = 1e-3
 """Of the identities at warm-up, relative to the largest summand: as far off as TF32, with ten bits of each factor."""
 
 CPUS_OF_A_LANE = 4
-"""More threads do little for one inference; more CPUs than that get more lanes, but two lanes at least: while one hands
-its answers over, the other runs."""
+"""More threads do little for one inference; more CPUs than that get more lanes. From so many on there are two at least:
+while one hands its answers over, the other runs. One lane uses fewer CPUs better: on 2, two lanes of a thread each took
+smaller batches and each other's time, for a fifth fewer requests a second of 2 to 8 clients, and 6 % fewer of 32."""
 BATCH_OF_A_CPU, BATCH_ON_CUDA = 8, 32
 """Images in a batch, by default. A CPU gains nothing by more (1.42 ms an image alone, 1.17 in 8, 1.12 in 32), and the
 first of a larger batch waits longer."""
+ALONE_SPIN_US = "30"
+"""Microseconds that threads of an inference that nobody waits beside burn their CPU between two operators. To sleep and
+be woken takes as long, and a network has dozens: one client's requests are answered 20 % sooner. Where others share the
+CPUs, it takes more from them than it gives."""
+ALONE_BYTES = 64 * 1024 * 1024
+"""Of a graph. In larger ones operators take so long that waking counts for nothing, and the weights, which each session
+has of its own, would fill the memory twice."""
 LANES_ON_CUDA = 2
 """One fills and empties its memory while the other is on the GPU."""
 
@@ -76,18 +83,20 @@ class Session:
         self.card = read_card(folder)
         path = folder / MODEL_FILE
         cpus = usable_cpus(settings.workers)
-        lanes = settings.lanes or min(cpus, max(2, cpus // CPUS_OF_A_LANE))
+        lanes = settings.lanes or max(cpus // CPUS_OF_A_LANE, min(2, max(1, cpus // 2)))
+        # an int8 network is done so soon that the event loop fills a CPU meanwhile; and one image is done sooner by one
+        # thread than by two
+        quick = self.card.precision == "int8"
         # all lanes share the session's own threads, which are one less than its number; a lane's thread works, too
-        threads = settings.threads or max(1, cpus - lanes + 1)
+        threads = settings.threads or max(1, cpus - lanes + (0 if quick else 1))
         self._session, fallback = _open(path, settings, threads)
         on_cuda = self._session.get_providers()[0] == CUDA
         if on_cuda:
             lanes, threads = settings.lanes or LANES_ON_CUDA, 1
-        # int8 is done sooner by one thread than by two: an image of the CIFAR-10 model takes 0.50 ms, and 0.67
-        wide = not on_cuda and settings.threads == 0 and cpus >= 2 * threads and self.card.precision != "int8"
-        self._lone_session = _create(path, [CPU], settings, cpus) if wide else self._session
-        self._running = 0
-        self._counting = threading.Lock()
+        alone = settings.threads or (1 if quick else cpus)
+        as_all = settings.spinning and alone == threads
+        spins = not on_cuda and alone > 1 and not as_all and path.stat().st_size <= ALONE_BYTES
+        self._alone_session = _create(path, [CPU], settings, alone, ALONE_SPIN_US) if spins else self._session
         max_batch = settings.max_batch or (BATCH_ON_CUDA if on_cuda else BATCH_OF_A_CPU * max(1, cpus // lanes))
         self.runtime = Runtime(
             provider="cuda" if on_cuda else "cpu",
@@ -97,7 +106,7 @@ class Session:
             cpus=cpus,
             lanes=lanes,
             threads=threads,
-            lone_threads=cpus if wide else threads,
+            lone_threads=alone if spins else threads,
             niceness=0 if on_cuda else settings.niceness,
             spinning=settings.spinning,
             max_batch=max_batch,
@@ -108,7 +117,7 @@ class Session:
         _check_metadata(self._session, self.card, path)
         _check_signature(self._session, self.card, path)
         self._on_cuda: CudaNetwork | None = None
-        self._early_exit = self._lone_early_exit = None
+        self._early_exit = self._alone_early_exit = None
         if on_cuda:
             self._on_cuda = self._open_network(path, settings)
         else:
@@ -116,43 +125,41 @@ class Session:
             if self.card.exits:
                 segments = _segments(path, self.card)
 
-                def in_pieces(threads: int) -> EarlyExit:
-                    return EarlyExit(self.card, segments, lambda model: _create(model, [CPU], settings, threads))
+                def in_pieces(threads: int, spin_us: str | None = None) -> EarlyExit:
+                    opened = partial(_create, providers=[CPU], settings=settings, threads=threads, spin_us=spin_us)
+                    return EarlyExit(self.card, segments, opened)
 
                 self._early_exit = in_pieces(threads)
-                self._lone_early_exit = in_pieces(cpus) if wide else self._early_exit
+                self._alone_early_exit = in_pieces(alone, ALONE_SPIN_US) if spins else self._early_exit
         self._warm_up(path)
 
-    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
-        """One forward pass; blocks. Any number of threads may call this at a time; one alone has all CPUs.
+    def run(
+        self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None, *, alone: bool = False
+    ) -> Outputs:
+        """One forward pass; blocks. Any number of threads may call this at a time.
 
         Args:
             images: uint8 (N, H, W, C); on CUDA at most the largest of the runtime's `batch_sizes`.
             names: of the outputs to compute.
             thresholds: (N, B - 1), as `Network.run`; only where the card has `exits`, and then the outputs are those of
                 `EarlyExit.run`, whatever the names.
+            alone: as `Network.run`.
 
         Raises:
             InferenceError: onnxruntime failed; by its subclasses, the GPU's memory did not suffice, or it is lost.
         """
         if self._on_cuda is not None:
             return self._run_on_cuda(self._on_cuda, images, names, thresholds)
-        with self._counting:
-            alone = self._running == 0
-            self._running += 1
         try:
             if thresholds is not None:
-                early_exit = self._lone_early_exit if alone else self._early_exit
+                early_exit = self._alone_early_exit if alone else self._early_exit
                 assert early_exit is not None, "the card has no exits"  # noqa: S101 - whoever asks knows the card
                 return early_exit.run(images, thresholds)
-            return _whole(self._lone_session if alone else self._session, names, images)
+            return _whole(self._alone_session if alone else self._session, names, images)
         except Exception as error:  # onnxruntime's errors share no base class
             failure = InferenceError(f"inference failed ({_first_line(error)}).")
             record_failed_batch(self.card.name, failure)
             raise failure from error
-        finally:
-            with self._counting:
-                self._running -= 1
 
     def _run_on_cuda(
         self, network: CudaNetwork, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None
@@ -200,7 +207,7 @@ class Session:
                     raise ModelError(f"{path}: fails on {batch} images ({_first_line(error)}). {AGAIN}") from error
                 _check_values(values, self.card, batch, path)
             never = np.full((batch, len(self.card.stages) - 1), np.inf)
-            for early_exit in {self._early_exit, self._lone_early_exit}:
+            for early_exit in {self._early_exit, self._alone_early_exit}:
                 if early_exit is None:
                     continue
                 try:
@@ -215,7 +222,7 @@ class Session:
         """In which a batch may be run whole."""
         if (network := self._on_cuda) is not None:
             return [partial(network.run, names=names)]
-        return [partial(_whole, session, names) for session in {self._session, self._lone_session}]
+        return [partial(_whole, session, names) for session in {self._session, self._alone_session}]
 
 
 def _whole(session: onnxruntime.InferenceSession, names: Sequence[str], images: np.ndarray) -> Outputs:
@@ -291,10 +298,17 @@ def _open(path: Path, settings: Settings, threads: int) -> tuple[onnxruntime.Inf
         raise ModelError(f"{path}: not a readable ONNX model ({_first_line(error)}). {AGAIN}") from error
 
 
-def _create(model: Path | bytes, providers: list, settings: Settings, threads: int) -> onnxruntime.InferenceSession:
+def _create(
+    model: Path | bytes, providers: list, settings: Settings, threads: int, spin_us: str | None = None
+) -> onnxruntime.InferenceSession:
+    """`spin_us`: how long its threads spin between two operators, where they do not spin by the settings."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
+    spins = settings.spinning or spin_us is not None
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
+    if spin_us is not None and not settings.spinning:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", spin_us)
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors; warnings tell of the graph's optimisation
     on_cpu = providers == [CPU]
     if on_cpu:

@@ -123,11 +123,14 @@ class Settings(BaseSettings):
         Field(ge=0, le=1, description="accuracy that `mode=adaptive` may lose, where the request does not say"),
     ] = 0.001
     lanes: Annotated[
-        int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs, but 2 where there are as many")
+        int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs, two at least from 4 on")
     ] = 0
     threads: Annotated[
         int,
-        Field(ge=0, description="threads of one inference; 0: so many that all lanes use all CPUs, and one alone too"),
+        Field(
+            ge=0,
+            description="threads of one inference; 0: so many that the lanes use all CPUs, or leave one where the network is int8",
+        ),
     ] = 0
     niceness: Annotated[
         int,

@@ -79,7 +79,7 @@ class ColourNetwork:
 
     weights = np.array([[1.0] * 3, [-1.5] * 3, [0.5] * 3], np.float32)
 
-    def run(self, images: np.ndarray, names: Sequence[str], thresholds: np.ndarray | None = None) -> Outputs:
+    def run(self, images, names, thresholds=None, *, alone=False) -> Outputs:
         outputs = self.outputs(images)
         return {name: outputs[name] for name in names}
 

@@ -31,7 +31,7 @@ def layered(settings):
 
 
 class SlowNetwork(ColourNetwork):
-    def run(self, images, names, thresholds=None):
+    def run(self, images, names, thresholds=None, *, alone=False):
         time.sleep(0.5)
         return super().run(images, names, thresholds)
 

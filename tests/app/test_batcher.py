@@ -33,14 +33,16 @@ class Echo:
         self.gate = threading.Event()
         self.batches = []
         self.names = []
+        self.alone = []
         self.entered = threading.Semaphore(0)
         if gate_open:
             self.gate.set()
 
-    def run(self, batch, names, thresholds=None):
+    def run(self, batch, names, thresholds=None, *, alone=False):
         levels = batch[:, 0, 0, 0].astype(np.float32)
         self.batches.append(levels.tolist())
         self.names.append(set(names))
+        self.alone.append(alone)
         self.entered.release()
         assert self.gate.wait(30)
         outputs = {"level": levels, "double": 2 * levels}
@@ -204,7 +206,7 @@ def test_who_is_cancelled_while_running_harms_nobody(batcher):
 class Fussy(Echo):
     """Fails on a batch that holds level 13."""
 
-    def run(self, batch, names, thresholds=None):
+    def run(self, batch, names, thresholds=None, *, alone=False):
         outputs = super().run(batch, names)
         if 13 in self.batches[-1]:
             raise InferenceError("thirteen")
@@ -230,7 +232,7 @@ def test_a_failure_is_that_batchs_alone(batcher):
 
 def test_a_part_that_fails_fails_its_request_once_and_withdraws_the_rest(batcher, logs):
     class Closing(Fussy):
-        def run(self, batch, names, thresholds=None):
+        def run(self, batch, names, thresholds=None, *, alone=False):
             try:
                 return super().run(batch, names)
             finally:
@@ -254,7 +256,7 @@ def test_a_part_that_fails_fails_its_request_once_and_withdraws_the_rest(batcher
 
 def test_whatever_a_network_raises_the_lane_goes_on(batcher):
     class Broken(Echo):
-        def run(self, batch, names, thresholds=None):
+        def run(self, batch, names, thresholds=None, *, alone=False):
             if batch[0, 0, 0, 0] == 0:
                 raise ZeroDivisionError
             return super().run(batch, names)
@@ -430,6 +432,31 @@ def test_what_is_being_decoded_is_waited_for_by_nice_lanes_only_and_not_for_long
     assert waited.queue_ms >= 25
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_alone_is_who_finds_nothing_waiting_running_or_to_come(batcher, lanes):
+    network = Echo(gate_open=False)
+    one = batcher(network, lanes=lanes, max_batch=1)
+
+    async def idle():
+        while one._queue._busy_lanes:
+            await asyncio.sleep(0.001)
+
+    async def scenario():
+        await idle()
+        tasks = await busy(network, one)
+        tasks.append(ask(one, 1))  # while the first one runs
+        await settle()
+        network.gate.set()
+        await asyncio.gather(*tasks)
+        for levels, hint in (([2], {"more_to_come": True}), ([3, 4], {}), ([5], {})):
+            await idle()
+            await ask(one, *levels, **hint)
+
+    asyncio.run(scenario())
+    found = sorted(zip(network.batches, network.alone, strict=True))
+    assert found == [([1], False), ([2], False), ([3], False), ([4], False), ([5], True), ([255], True)]
+
+
 # Times, what is told of them, and the end
 
 
@@ -438,7 +465,7 @@ def test_waiting_counts_as_queue_and_running_as_inference(batcher, monkeypatch):
     clock = 0.0
 
     class Timed(Echo):
-        def run(self, batch, names, thresholds=None):
+        def run(self, batch, names, thresholds=None, *, alone=False):
             nonlocal clock
             outputs = super().run(batch, names)
             clock += 2

@@ -54,7 +54,7 @@ def held(serve, colour_model, colour_network):
         go = threading.Event()
         broken = False
 
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             self.go.wait(30)
             if self.broken:
                 raise RuntimeError("broken")

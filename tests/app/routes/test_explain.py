@@ -287,7 +287,7 @@ def test_numbers_that_are_not_finite_are_no_picture(serve, colour_model, colour_
     from app.repository import Repository
 
     class Overflowing:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             return colour_network.run(images, names) | {LOGITS: np.full((len(images), 3), np.nan, np.float32)}
 
     with serve(create_app(Settings(), Repository([colour_model(Overflowing())]))) as client:

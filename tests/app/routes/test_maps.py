@@ -92,7 +92,7 @@ def test_only_who_asks_for_maps_has_them_computed(serve, colour_model, colour_ne
     asked = []
 
     class Watched:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             asked.append(set(names))
             return colour_network.run(images, names)
 
@@ -142,7 +142,7 @@ class ManyClasses:
     maps = np.random.default_rng(0).normal(size=(2, classes, 3, 2)).astype(np.float32)
     weights = np.random.default_rng(1).normal(size=(2, classes)).astype(np.float32)
 
-    def run(self, images, names, thresholds=None):
+    def run(self, images, names, thresholds=None, *, alone=False):
         z = self.maps.mean(axis=(2, 3))
         outputs = {
             LOGITS: (self.weights * z).sum(axis=0),

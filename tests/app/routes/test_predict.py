@@ -152,7 +152,7 @@ def test_the_server_answers_while_the_network_runs(serve, colour_model, colour_n
     running, gate = threading.Event(), threading.Event()
 
     class SlowNetwork:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             running.set()
             assert gate.wait(30)
             return colour_network.run(images, names)
@@ -182,7 +182,7 @@ def test_concurrent_answers_are_not_mixed(colours):
 
 def test_numbers_that_are_not_finite_are_a_failure_not_an_answer(serve, colour_model, colour_network):
     class OverflowingNetwork:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             return colour_network.run(images, names) | {LOGITS: np.full((len(images), 3), np.inf, np.float32)}
 
     with serve(create_app(Settings(), Repository([colour_model(OverflowingNetwork())]))) as client:
@@ -418,7 +418,7 @@ def test_a_batch_of_bad_images_alone(colours):
 
 def test_one_image_whose_numbers_are_not_finite_fails_alone(serve, colour_model, colour_network):
     class DividesByGreen:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             outputs = colour_network.run(images, names)
             outputs[LOGITS] = outputs[LOGITS].copy()
             outputs[LOGITS][images[:, 0, 0, 1] == 255] = np.nan
@@ -465,7 +465,7 @@ class GatedNetwork:
     def __init__(self, network):
         self.network, self.gate, self.entered, self.ran = network, threading.Event(), threading.Semaphore(0), 0
 
-    def run(self, images, names, thresholds=None):
+    def run(self, images, names, thresholds=None, *, alone=False):
         self.entered.release()
         assert self.gate.wait(30)
         self.ran += len(images)

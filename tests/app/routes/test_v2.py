@@ -151,7 +151,7 @@ def test_only_what_is_asked_for_is_computed(serve, colour_model):
     asked = []
 
     class Recording:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             asked.append(list(names))
             return {name: np.zeros((len(images), 3), np.float32) for name in names}
 
@@ -218,7 +218,7 @@ def test_a_request_may_limit_its_time(serve, colour_model):
     gate = threading.Event()
 
     class Waiting:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             assert gate.wait(30)
             return {name: np.zeros((len(images), 3), np.float32) for name in names}
 
@@ -230,7 +230,7 @@ def test_a_request_may_limit_its_time(serve, colour_model):
 
 def test_numbers_that_are_not_finite_are_no_answer(serve, colour_model):
     class Broken:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             return {name: np.full((len(images), 3), np.nan, np.float32) for name in names}
 
     with serve(create_app(Settings(), Repository([colour_model(Broken())]))) as client:
@@ -331,7 +331,7 @@ def test_bodies_are_limited_while_they_come_in_and_before_they_are_inflated(serv
 
 def test_an_answer_that_would_fill_the_memory_is_refused_before_anything_is_computed(serve, colour_model):
     class Untouched:
-        def run(self, images, names, thresholds=None):
+        def run(self, images, names, thresholds=None, *, alone=False):
             raise AssertionError
 
     settings = Settings(max_tensor_bytes=20_000, max_json_bytes=5_000)
