@@ -127,10 +127,7 @@ class Settings(BaseSettings):
     ] = 0
     threads: Annotated[
         int,
-        Field(
-            ge=0,
-            description="threads of one inference; 0: so many that the lanes use all CPUs, or leave one where the network is int8",
-        ),
+        Field(ge=0, description="threads of an inference; 0: so many that lanes use all CPUs, of int8 all but one"),
     ] = 0
     niceness: Annotated[
         int,
