@@ -10,7 +10,7 @@ import numpy as np
 
 from app.errors import DeadlineError, QueueFullError
 from model.contract import InputSpec
-from model.images import input_of, open_image, read_input
+from model.images import read_input, read_small_input
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ class Decoders:
             if pixels.done():  # cancelled
                 continue
             try:
-                pixels.set_result(_tiny_input(source, spec, self._max_pixels))
+                pixels.set_result(read_small_input(source, spec, INLINE_PIXELS, self._max_pixels))
             except Exception as error:  # whatever it is, it is this image's, and the others are decoded
                 pixels.set_exception(error)
         del images, source, pixels  # an error holds on to this frame for as long as it is answered
@@ -141,9 +141,3 @@ class Decoders:
     def close(self) -> None:
         """Finish what was accepted and free the threads; blocks."""
         self._pool.shutdown()
-
-
-def _tiny_input(source: bytes, spec: InputSpec, max_pixels: int) -> np.ndarray | None:
-    """As `read_input`; None of an image of more pixels than are decoded in the event loop."""
-    image = open_image(source, max_pixels)
-    return input_of(image, spec) if image.width * image.height <= INLINE_PIXELS else None

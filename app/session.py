@@ -43,8 +43,7 @@ TOLERANCE = 1e-3
 """Of the identities at warm-up, relative to the largest summand: as far off as TF32, with ten bits of each factor."""
 
 CPUS_OF_A_LANE = 4
-"""More threads do little for one inference; more CPUs than that get more lanes. From so many on there are two at least:
-while one hands its answers over, the other runs. One lane uses fewer CPUs better: on 2, two lanes of a thread each took
+"""More threads do little for one inference; more CPUs get more lanes, but no two lanes share fewer: on 2 CPUs, two took
 smaller batches and each other's time, for a fifth fewer requests a second of 2 to 8 clients, and 6 % fewer of 32."""
 BATCH_OF_A_CPU, BATCH_ON_CUDA = 8, 32
 """Images in a batch, by default. A CPU gains nothing by more (1.42 ms an image alone, 1.17 in 8, 1.12 in 32), and the
@@ -83,7 +82,7 @@ class Session:
         self.card = read_card(folder)
         path = folder / MODEL_FILE
         cpus = usable_cpus(settings.workers)
-        lanes = settings.lanes or max(cpus // CPUS_OF_A_LANE, min(2, max(1, cpus // 2)))
+        lanes = settings.lanes or max(1, cpus // CPUS_OF_A_LANE)
         # an int8 network is done so soon that the event loop fills a CPU meanwhile; and one image is done sooner by one
         # thread than by two
         quick = self.card.precision == "int8"

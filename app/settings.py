@@ -122,9 +122,7 @@ class Settings(BaseSettings):
         float,
         Field(ge=0, le=1, description="accuracy that `mode=adaptive` may lose, where the request does not say"),
     ] = 0.001
-    lanes: Annotated[
-        int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs, two at least from 4 on")
-    ] = 0
+    lanes: Annotated[int, Field(ge=0, description="inferences at a time; 0: one per 4 usable CPUs")] = 0
     threads: Annotated[
         int,
         Field(ge=0, description="threads of an inference; 0: so many that lanes use all CPUs, of int8 all but one"),

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from model.contract import InputSpec, InterflowError
+from model.jpeg import PlainJpeg
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Opened by name, because Pillow would hand others to outside programs (EPS to Ghostscript)."""
@@ -147,8 +148,13 @@ def decode_image(image: Image.Image, channels: int) -> Image.Image:
     """
     with _refused():
         image.load()
-        turn, _ = _TURNS[_orientation(image)]
-        return _eight_bit(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
+        return _upright(image, channels, _orientation(image))
+
+
+def _upright(image: Image.Image, channels: int, orientation: int) -> Image.Image:
+    """A decoded image as it is shown, in 8 bits."""
+    turn, _ = _TURNS[orientation]
+    return _eight_bit(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
 
 
 def _scans(jpeg: bytes) -> int:
@@ -245,29 +251,30 @@ def _inside(width: float, height: float, spec: InputSpec) -> tuple[int, int, int
     return (spec.width - inner_width) // 2, (spec.height - inner_height) // 2, inner_width, inner_height
 
 
-def input_of(image: Image.Image, spec: InputSpec) -> np.ndarray:
-    """Decode what `open_image` gave, and bring it to the network's size: uint8 (height, width, channels).
+def read_input(source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """Open, decode and resize: uint8 (height, width, channels).
 
     A JPEG larger than `MARGIN` inputs by the factor 2, 4 or 8 is decoded smaller by it, which is several times as fast.
 
     Raises:
-        ImageError: damaged.
+        ImageTooLargeError, ImageError: as `open_image` and `decode_image`.
     """
-    return _input_and_seen(image, spec)[0]
-
-
-def read_input(source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
-    """Open, decode and resize: uint8 (height, width, channels). Raises as `open_image` and `input_of`."""
-    with open_image(source, max_pixels) as image:
-        return input_of(image, spec)
+    return read_input_and_seen(source, spec, max_pixels)[0]
 
 
 def read_input_and_seen(
     source: bytes | Path, spec: InputSpec, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[np.ndarray, Seen]:
     """As `read_input`, and what of the upright image the input shows."""
-    with open_image(source, max_pixels) as image:
-        return _input_and_seen(image, spec)
+    found = _read_input(source, spec, max_pixels, None)
+    assert found is not None, "it was decoded, whatever its size"  # noqa: S101 - as no limit was given
+    return found
+
+
+def read_small_input(source: bytes, spec: InputSpec, small: int, max_pixels: int) -> np.ndarray | None:
+    """As `read_input`; None of an image of more than `small` pixels, none of which is decoded then."""
+    found = _read_input(source, spec, max_pixels, small)
+    return None if found is None else found[0]
 
 
 def read_picture(source: bytes | Path, side: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -286,9 +293,36 @@ def read_picture(source: bytes | Path, side: int, max_pixels: int = DEFAULT_MAX_
     return upright.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS, box)
 
 
-def _input_and_seen(image: Image.Image, spec: InputSpec) -> tuple[np.ndarray, Seen]:
-    upright, box = _decode_at_least(image, spec.channels, MARGIN * max(spec.width, spec.height))
+def _read_input(
+    source: bytes | Path, spec: InputSpec, max_pixels: int, small: int | None
+) -> tuple[np.ndarray, Seen] | None:
+    """None of an image of more than `small` pixels."""
+    side = MARGIN * max(spec.width, spec.height)
+    decoded = None
+    jpeg = PlainJpeg.read(source) if isinstance(source, bytes) else None
+    if jpeg is not None:
+        if small is not None and jpeg.width * jpeg.height > small:
+            return None
+        decoded = _plainly_at_least(jpeg, spec.channels, side, max_pixels)
+    if decoded is None:
+        with open_image(source, max_pixels) as image:
+            if small is not None and image.width * image.height > small:
+                return None
+            decoded = _decode_at_least(image, spec.channels, side)
+    upright, box = decoded
     return to_input(upright, spec, box), seen(box[2] - box[0], box[3] - box[1], spec)
+
+
+def _plainly_at_least(jpeg: PlainJpeg, channels: int, side: int, max_pixels: int) -> tuple[Image.Image, Box] | None:
+    """As `_decode_at_least`; None of what is to be refused, perhaps: the reason is Pillow's to tell, or ours of it."""
+    if jpeg.width * jpeg.height > max_pixels or _scans(jpeg.source) > MOST_SCANS:
+        return None
+    shrink = jpeg.shrink(side)
+    image = jpeg.decode(shrink)
+    if image is None:
+        return None
+    box = (0, 0, jpeg.width / shrink, jpeg.height / shrink)
+    return _upright(image, channels, jpeg.orientation), _shown(box, image.size, jpeg.orientation)
 
 
 def _decode_at_least(image: Image.Image, channels: int, side: int) -> tuple[Image.Image, Box]:
@@ -296,7 +330,7 @@ def _decode_at_least(image: Image.Image, channels: int, side: int) -> tuple[Imag
     shorter side keeps `side` pixels."""
     with _refused():
         drafted = image.draft(None, (side, side)) if min(image.size) >= 2 * side else None  # None of what is no JPEG
-        box = None if drafted is None else _shown(drafted[1], image)
+        box = None if drafted is None else _shown(drafted[1], image.size, _orientation(image))
     upright = decode_image(image, channels)
     return upright, box or (0, 0, *upright.size)
 
@@ -310,11 +344,11 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _shown(box: Box, image: Image.Image) -> Box:
-    """A part of an image as it is stored, in the image as it is shown."""
-    _, edges = _TURNS[_orientation(image)]
-    width, height = image.size if edges[0] in (0, 2) else image.size[::-1]
-    beyond = (box[0], box[1], image.width - box[2], image.height - box[3])
+def _shown(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """A part of an image of this size as it is stored, in the image as it is shown."""
+    _, edges = _TURNS[orientation]
+    width, height = size if edges[0] in (0, 2) else size[::-1]
+    beyond = (box[0], box[1], size[0] - box[2], size[1] - box[3])
     left, top, right, bottom = (beyond[edge] for edge in edges)
     return left, top, width - right, height - bottom
 

@@ -75,8 +75,11 @@ def test_a_small_file_of_many_pixels_is_not_tiny(decoders, monkeypatch):
         Image.new("1", (900, 900)).save(file, "PNG")
         content = file.getvalue()
     assert len(content) < module.INLINE_BYTES
-    monkeypatch.setattr(module, "input_of", None)  # decoding here would fail
+    threads = []
+    load = Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda self: threads.append(threading.current_thread().name) or load(self))
     assert asyncio.run(decoders.decode(content, SPEC)).shape == (8, 8, 3)
+    assert {name.partition("_")[0] for name in threads} == {"decode"}
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -90,8 +93,8 @@ def test_the_pixel_limit_holds_wherever_it_is_decoded(inline):
 def test_tiny_images_that_come_together_are_decoded_together(decoders, monkeypatch):
     """In one round of the event loop; what is wrong with one, or who gave up, is nothing to the others."""
     rounds, decoded = [], []
-    tiny_input = module._tiny_input
-    monkeypatch.setattr(module, "_tiny_input", lambda *image: decoded.append(rounds[-1]) or tiny_input(*image))
+    tiny_input = module.read_small_input
+    monkeypatch.setattr(module, "read_small_input", lambda *image: decoded.append(rounds[-1]) or tiny_input(*image))
 
     async def count():
         while True:

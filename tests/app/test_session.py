@@ -69,7 +69,7 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
         return runtime.cpus, runtime.lanes, runtime.threads, runtime.lone_threads, runtime.max_batch
 
     assert [chosen(cpus) for cpus in (1, 2, 3)] == [(1, 1, 1, 1, 8), (2, 1, 2, 2, 16), (3, 1, 3, 3, 24)]
-    assert [chosen(cpus) for cpus in (4, 16)] == [(4, 2, 3, 4, 16), (16, 4, 13, 16, 32)]
+    assert [chosen(cpus) for cpus in (4, 16)] == [(4, 1, 4, 4, 32), (16, 4, 13, 16, 32)]
     assert chosen(8, workers=4) == (2, 1, 2, 2, 16)
     assert chosen(2, lanes=2) == (2, 2, 1, 2, 8)
     assert chosen(2, lanes=3) == (2, 3, 1, 2, 8)

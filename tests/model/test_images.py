@@ -313,7 +313,7 @@ def test_only_the_header_is_read_before_the_limit_is_checked(cat):
     image = open_image(whole[: len(whole) // 2])
     assert image.size == (451, 300)
     with pytest.raises(ImageError, match="damaged"):
-        images.input_of(image, spec())
+        images.decode_image(image, 3)
 
 
 # What of an image the network saw, and the image as it is shown
