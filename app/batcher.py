@@ -39,6 +39,8 @@ class Batcher:
         network: run by several threads at a time.
         lanes: how many.
         max_batch: images in one batch; requests of more run as several, side by side.
+        small_batch: images that a lane takes where fewer than `max_batch` wait, or one request of more; none: all that
+            wait. The rest is there when it comes back, and the event loop has answers to write meanwhile.
         max_queue: images that may wait. A request of more than that is taken when nothing waits.
         wait_us: microseconds that images may wait for others to fill their batch.
         niceness: of the lanes, as `app.cpus.be_nice`.
@@ -51,6 +53,7 @@ class Batcher:
         *,
         lanes: int = 1,
         max_batch: int = 32,
+        small_batch: int | None = None,
         max_queue: int = 512,
         wait_us: int = 0,
         niceness: int = 0,
@@ -58,7 +61,7 @@ class Batcher:
     ) -> None:
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queue = _Queue(lanes, max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
+        self._queue = _Queue(lanes, max_batch, small_batch or max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
         # daemons: a start that fails after this ends the process without `close`
         self._lanes = [
             threading.Thread(
@@ -136,11 +139,12 @@ class _Ask:
 class _Queue:
     """What waits, in the order of arrival; the event loop puts, lanes take."""
 
-    def __init__(self, lanes: int, max_batch: int, wait_s: float, busy_wait_s: float) -> None:
+    def __init__(self, lanes: int, max_batch: int, small_batch: int, wait_s: float, busy_wait_s: float) -> None:
         self.images = 0
         self._busy_lanes = lanes
         self._asks: deque[_Ask] = deque()
         self._max_batch = max_batch
+        self._small_batch = small_batch
         self._wait_s = wait_s
         self._busy_wait_s = max(wait_s, busy_wait_s)
         self._closed = False
@@ -185,8 +189,13 @@ class _Queue:
             self._changed.notify_all()
 
     def _wait_for_company(self) -> None:
-        while self._asks and self.images < self._max_batch and not self._closed:
-            wait_s = self._busy_wait_s if self._asks[-1].more_to_come else self._wait_s
+        while self._asks and not self._closed:
+            if self._asks[-1].more_to_come:
+                wait_s, enough = self._busy_wait_s, self._small_batch
+            else:
+                wait_s, enough = self._wait_s, self._max_batch
+            if self.images >= enough:
+                return
             left_s = wait_s and self._asks[0].asked + wait_s - time.perf_counter()
             if left_s <= 0:
                 return
@@ -195,10 +204,12 @@ class _Queue:
     def _next_batch(self) -> list[_Ask]:
         batch: list[_Ask] = []
         images, now = 0, time.perf_counter()
+        most = self._max_batch if self.images >= self._max_batch else self._small_batch
         while self._asks:
             ask = self._asks[0]
-            if images + len(ask.images) > self._max_batch or (
-                batch and ask.images.shape[1:] != batch[0].images.shape[1:]  # of a wrong shape: let it fail alone
+            if batch and (
+                images + len(ask.images) > most
+                or ask.images.shape[1:] != batch[0].images.shape[1:]  # of a wrong shape: let it fail alone
             ):
                 break
             self._leave(self._asks.popleft())

@@ -134,6 +134,7 @@ def load_model(version: Version, settings: Settings) -> LoadedModel:
         ReadNetwork(session, Interpreter(session.card)),
         lanes=session.runtime.lanes,
         max_batch=session.runtime.max_batch,
+        small_batch=session.runtime.small_batch,
         max_queue=settings.max_queue,
         wait_us=settings.batch_wait_us,
         niceness=session.runtime.niceness,

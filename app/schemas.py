@@ -231,7 +231,8 @@ class Runtime(_Body):
     lone_threads: Annotated[int, Field(description="CPU threads of an inference that nothing waits or runs beside")]
     niceness: Annotated[int, Field(description="of these threads; 19 lets all others go first")]
     spinning: Annotated[bool, Field(description="idle threads of an inference burn their CPU")]
-    max_batch: Annotated[int, Field(description="images that are run at a time")]
+    max_batch: Annotated[int, Field(description="images that are run at a time, where so many wait")]
+    small_batch: Annotated[int, Field(description="images that are run at a time, where fewer wait")]
     batch_sizes: Annotated[
         list[int] | None, Field(description="sizes that batches are padded to, all warmed up; null: none")
     ]

@@ -113,7 +113,12 @@ class Settings(BaseSettings):
     ] = 512
     max_batch: Annotated[
         int,
-        Field(ge=0, le=4096, description="images that a lane runs at a time; 0: 8 for each of its CPUs, 32 on CUDA"),
+        Field(
+            ge=0,
+            le=4096,
+            description="images that a lane runs at a time, on a CPU half of them where fewer wait; "
+            "0: 16 for each of its CPUs, 32 on CUDA",
+        ),
     ] = 0
     batch_wait_us: Annotated[
         int, Field(ge=0, description="microseconds that images wait for others to fill their batch")

@@ -55,6 +55,7 @@ RUNTIME = Runtime(
     niceness=0,
     spinning=False,
     max_batch=32,
+    small_batch=32,
     batch_sizes=None,
     batch_wait_us=0,
     max_queue=512,

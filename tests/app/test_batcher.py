@@ -432,6 +432,32 @@ def test_what_is_being_decoded_is_waited_for_by_nice_lanes_only_and_not_for_long
     assert waited.queue_ms >= 25
 
 
+@pytest.mark.parametrize(
+    ("waiting", "batches"),
+    [
+        ([[1], [2], [3], [4], [5]], [[1, 2, 3], [4, 5]]),
+        ([[1], [2], [3], [4], [5], [6]], [[1, 2, 3, 4, 5, 6]]),
+        ([[1], [2], [3], [4], [5], [6], [7]], [[1, 2, 3, 4, 5, 6], [7]]),
+        ([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5]]),
+        ([[1, 2], [3, 4], [5]], [[1, 2], [3, 4, 5]]),
+    ],
+)
+def test_a_large_batch_is_run_where_it_is_full_and_a_small_one_else(batcher, waiting, batches):
+    network = Echo(gate_open=False)
+    one = batcher(network, max_batch=6, small_batch=3)
+
+    async def scenario():
+        tasks = await busy(network, one)
+        tasks += [ask(one, *levels) for levels in waiting]
+        await settle()
+        network.gate.set()
+        return await asyncio.gather(*tasks)
+
+    _, *answers = asyncio.run(scenario())
+    assert network.batches == [[255], *batches]
+    assert [answer.outputs["level"].tolist() for answer in answers] == waiting
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_alone_is_who_finds_nothing_waiting_running_or_to_come(batcher, lanes):
     network = Echo(gate_open=False)

@@ -68,14 +68,14 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
         runtime = Session(artefact, Settings(provider="cpu", **settings)).runtime
         return runtime.cpus, runtime.lanes, runtime.threads, runtime.lone_threads, runtime.max_batch
 
-    assert [chosen(cpus) for cpus in (1, 2, 3)] == [(1, 1, 1, 1, 8), (2, 1, 2, 2, 16), (3, 1, 3, 3, 24)]
-    assert [chosen(cpus) for cpus in (4, 16)] == [(4, 1, 4, 4, 32), (16, 4, 13, 16, 32)]
-    assert chosen(8, workers=4) == (2, 1, 2, 2, 16)
-    assert chosen(2, lanes=2) == (2, 2, 1, 2, 8)
-    assert chosen(2, lanes=3) == (2, 3, 1, 2, 8)
-    assert chosen(2, threads=1) == (2, 1, 1, 1, 16)
+    assert [chosen(cpus) for cpus in (1, 2, 3)] == [(1, 1, 1, 1, 16), (2, 1, 2, 2, 32), (3, 1, 3, 3, 48)]
+    assert [chosen(cpus) for cpus in (4, 16)] == [(4, 1, 4, 4, 64), (16, 4, 13, 16, 64)]
+    assert chosen(8, workers=4) == (2, 1, 2, 2, 32)
+    assert chosen(2, lanes=2) == (2, 2, 1, 2, 16)
+    assert chosen(2, lanes=3) == (2, 3, 1, 2, 16)
+    assert chosen(2, threads=1) == (2, 1, 1, 1, 32)
     monkeypatch.setattr(module, "ALONE_BYTES", 0)
-    assert chosen(2, lanes=2) == (2, 2, 1, 1, 8)
+    assert chosen(2, lanes=2) == (2, 2, 1, 1, 16)
 
 
 def test_only_an_inference_that_is_alone_spins_and_only_while_it_runs(artefact, monkeypatch, images):
@@ -127,6 +127,8 @@ def test_choices_are_reported(artefact):
     runtime = Session(artefact, settings).runtime
     assert (runtime.lanes, runtime.threads, runtime.lone_threads, runtime.niceness) == (2, 1, 1, 5)
     assert (runtime.spinning, runtime.max_batch, runtime.batch_wait_us, runtime.max_queue) == (True, 7, 5, 9)
+    assert runtime.small_batch == 7  # who waits to fill a batch has it full
+    assert Session(artefact, Settings(provider="cpu", max_batch=7)).runtime.small_batch == 4
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8])])
