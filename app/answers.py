@@ -70,17 +70,22 @@ class Interpreter:
         """
         branch_logits, weights = outputs[BRANCH_LOGITS], outputs[BRANCH_WEIGHTS]
         images, last = np.arange(len(branch_logits)), branch_logits.shape[1] - 1
-        stops = outputs.get(STOPS, np.full(len(images), last))
+        stops = outputs.get(STOPS)
         # the fused answer and the stages' readings are softmaxes over the same classes: one of all, fused first
         scaled = np.empty((len(images), 2 + last, branch_logits.shape[2]))
         scaled[:, 0] = below_highest(outputs[LOGITS], self._card.temperature, self._card.power)
         scaled[:, 1:] = self._scales * branch_logits
-        early = np.flatnonzero(stops < last)
-        scaled[early, 0] = scaled[early, 1 + stops[early]]
-        reached = np.arange(-1, last + 1) <= stops[:, np.newaxis]
-        broken = (reached & ~np.isfinite(scaled).all(axis=2)).any(axis=1, keepdims=True)
-        unknown = ~reached | broken
-        if unknown.any():
+        if stops is None:
+            stops = np.full(len(images), last)
+        else:
+            early = np.flatnonzero(stops < last)
+            scaled[early, 0] = scaled[early, 1 + stops[early]]
+        finite = np.isfinite(scaled)
+        unknown = None  # as nearly always, and each step for a batch is one for which the network's CPUs wait
+        if not finite.all():
+            reached = np.arange(-1, last + 1) <= stops[:, np.newaxis]
+            broken = (reached & ~finite.all(axis=2)).any(axis=1, keepdims=True)
+            unknown = ~reached | broken
             scaled[unknown] = 0
             branch_logits = np.where(unknown[:, 1:, np.newaxis], 0, branch_logits)
         confidences = softmax(scaled)
@@ -88,9 +93,10 @@ class Interpreter:
         confidences = np.take_along_axis(confidences, ranking, axis=2)
         doubt = np.full(len(images), np.nan)
         if self._doubt is not None:
-            known = ~unknown.any(axis=1)
+            known = slice(None) if unknown is None else ~unknown.any(axis=1)
             doubt[known] = doubts(confidences[known, 0], confidences[known, 1:], self._doubt)
-        confidences[unknown] = np.nan
+        if unknown is not None:
+            confidences[unknown] = np.nan
         answers = ranking[:, 0, 0]
         added = contributions(branch_logits, weights)
         return {
