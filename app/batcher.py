@@ -38,6 +38,8 @@ class Batcher:
     Args:
         network: run by several threads at a time.
         lanes: how many.
+        helpers: lanes beside these that take only full batches, of `max_batch` images: where so much waits, one lane
+            leaves CPUs idle between two batches.
         max_batch: images in one batch; requests of more run as several, side by side.
         small_batch: images that a lane takes where fewer than `max_batch` wait, or one request of more; none: all that
             wait. The rest is there when it comes back, and the event loop has answers to write meanwhile.
@@ -52,6 +54,7 @@ class Batcher:
         network: Network,
         *,
         lanes: int = 1,
+        helpers: int = 0,
         max_batch: int = 32,
         small_batch: int | None = None,
         max_queue: int = 512,
@@ -61,13 +64,18 @@ class Batcher:
     ) -> None:
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queue = _Queue(lanes, max_batch, small_batch or max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0)
+        self._queue = _Queue(
+            lanes + helpers, max_batch, small_batch or max_batch, wait_us / 1e6, BUSY_WAIT_S if niceness else 0
+        )
         # daemons: a start that fails after this ends the process without `close`
         self._lanes = [
             threading.Thread(
-                target=_lane, args=(self._queue, network, niceness, on_batch), name=f"lane-{lane}", daemon=True
+                target=_lane,
+                args=(self._queue, network, niceness, on_batch, lane >= lanes),
+                name=f"lane-{lane}",
+                daemon=True,
             )
-            for lane in range(lanes)
+            for lane in range(lanes + helpers)
         ]
         weakref.finalize(self, self._queue.close)  # the lanes hold the queue, not this
         for lane in self._lanes:
@@ -148,7 +156,8 @@ class _Queue:
         self._wait_s = wait_s
         self._busy_wait_s = max(wait_s, busy_wait_s)
         self._closed = False
-        self._changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        self._changed, self._full = threading.Condition(lock), threading.Condition(lock)
 
     def put(self, asks: Sequence[_Ask]) -> None:
         with self._changed:
@@ -159,6 +168,8 @@ class _Queue:
             self._asks.extend(asks)
             self.images += sum(len(ask.images) for ask in asks)
             self._changed.notify(len(asks))
+            if self.images >= self._max_batch:
+                self._full.notify()
 
     def withdraw(self, asks: Sequence[_Ask]) -> None:
         """Take out those that still wait."""
@@ -169,15 +180,16 @@ class _Queue:
                         self._asks.remove(ask)
                         self._leave(ask)
 
-    def take(self) -> list[_Ask]:
+    def take(self, only_full: bool) -> list[_Ask]:
         """The next batch, as soon as there is one; empty once closed and worked off."""
-        with self._changed:
+        changed, least = (self._full, self._max_batch) if only_full else (self._changed, 1)
+        with changed:
             while True:
-                while not self._asks:
+                while self.images < least or not self._asks:
                     if self._closed:
                         return []
                     self._busy_lanes -= 1
-                    self._changed.wait()
+                    changed.wait()
                     self._busy_lanes += 1
                 self._wait_for_company()
                 if batch := self._next_batch():
@@ -187,6 +199,7 @@ class _Queue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._full.notify_all()
 
     def _wait_for_company(self) -> None:
         while self._asks and not self._closed:
@@ -223,9 +236,9 @@ class _Queue:
         self.images -= len(ask.images)
 
 
-def _lane(queue: _Queue, network: Network, niceness: int, on_batch: OnBatch | None) -> None:
+def _lane(queue: _Queue, network: Network, niceness: int, on_batch: OnBatch | None, only_full: bool) -> None:
     be_nice(niceness)
-    while taken := queue.take():
+    while taken := queue.take(only_full):
         for batch in _alike(taken):
             try:
                 result: list[Inferred] | Exception = _run(batch, network, on_batch)

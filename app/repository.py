@@ -133,6 +133,7 @@ def load_model(version: Version, settings: Settings) -> LoadedModel:
     batcher = Batcher(
         ReadNetwork(session, Interpreter(session.card)),
         lanes=session.runtime.lanes,
+        helpers=session.runtime.helpers,
         max_batch=session.runtime.max_batch,
         small_batch=session.runtime.small_batch,
         max_queue=settings.max_queue,

@@ -227,6 +227,7 @@ class Runtime(_Body):
     onnxruntime: Annotated[str, Field(description="version")]
     cpus: Annotated[int, Field(description="that this process may use, by affinity and control group")]
     lanes: Annotated[int, Field(description="inferences at a time")]
+    helpers: Annotated[int, Field(description="more of them, where full batches wait")]
     threads: Annotated[int, Field(description="CPU threads of an inference; the lanes share all but their own")]
     lone_threads: Annotated[int, Field(description="CPU threads of an inference that nothing waits or runs beside")]
     niceness: Annotated[int, Field(description="of these threads; 19 lets all others go first")]

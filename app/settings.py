@@ -117,7 +117,7 @@ class Settings(BaseSettings):
             ge=0,
             le=4096,
             description="images that a lane runs at a time, on a CPU half of them where fewer wait; "
-            "0: 16 for each of its CPUs, 32 on CUDA",
+            "0: 16 for each of its CPUs, 8 above 64 x 64 pixels, 32 on CUDA",
         ),
     ] = 0
     batch_wait_us: Annotated[

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"model", "model.contract", "model.cpu", "model.cut", "model.explain", "model.images", "model.jpeg", "model.panels"}
+SHARED = {
+    "model",
+    "model.contract",
+    "model.cpu",
+    "model.cut",
+    "model.explain",
+    "model.images",
+    "model.jpeg",
+    "model.panels",
+}
 PICKLERS = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 

@@ -50,6 +50,7 @@ RUNTIME = Runtime(
     onnxruntime="0",
     cpus=1,
     lanes=1,
+    helpers=0,
     threads=1,
     lone_threads=1,
     niceness=0,

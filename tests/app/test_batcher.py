@@ -458,6 +458,26 @@ def test_a_large_batch_is_run_where_it_is_full_and_a_small_one_else(batcher, wai
     assert [answer.outputs["level"].tolist() for answer in answers] == waiting
 
 
+def test_a_helper_takes_full_batches_and_nothing_else(batcher):
+    network = Echo(gate_open=False)
+    one = batcher(network, helpers=1, max_batch=3)
+
+    async def scenario():
+        tasks = await busy(network, one)
+        tasks += [ask(one, level) for level in (1, 2)]
+        await asyncio.sleep(0.05)
+        assert network.batches == [[255]]  # the lane is busy, and so few wait for it
+        tasks += [ask(one, level) for level in (3, 4)]
+        assert await asyncio.to_thread(network.entered.acquire, timeout=30)
+        assert network.batches == [[255], [1, 2, 3]]
+        network.gate.set()
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(scenario())
+    assert network.batches == [[255], [1, 2, 3], [4]]
+    assert [answer.outputs["level"].tolist() for answer in answers] == [[255], [1], [2], [3], [4]]
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_alone_is_who_finds_nothing_waiting_running_or_to_come(batcher, lanes):
     network = Echo(gate_open=False)

@@ -66,6 +66,7 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
     def chosen(cpus, **settings):
         monkeypatch.setattr(module, "usable_cpus", lambda workers: cpus // workers)
         runtime = Session(artefact, Settings(provider="cpu", **settings)).runtime
+        assert runtime.helpers == 0
         return runtime.cpus, runtime.lanes, runtime.threads, runtime.lone_threads, runtime.max_batch
 
     assert [chosen(cpus) for cpus in (1, 2, 3)] == [(1, 1, 1, 1, 16), (2, 1, 2, 2, 32), (3, 1, 3, 3, 48)]
@@ -74,8 +75,17 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
     assert chosen(2, lanes=2) == (2, 2, 1, 2, 16)
     assert chosen(2, lanes=3) == (2, 3, 1, 2, 16)
     assert chosen(2, threads=1) == (2, 1, 1, 1, 32)
+    monkeypatch.setattr(module, "LARGE_IMAGE", 10)
+    assert chosen(2) == (2, 1, 2, 2, 16)
     monkeypatch.setattr(module, "ALONE_BYTES", 0)
-    assert chosen(2, lanes=2) == (2, 2, 1, 1, 16)
+    assert chosen(2, lanes=2) == (2, 2, 1, 1, 8)
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(1, (1, 1, 0)), (2, (1, 1, 1)), (4, (1, 3, 1)), (16, (4, 12, 1))])
+def test_int8_leaves_a_cpu_to_the_event_loop_but_where_full_batches_wait(bundled, monkeypatch, cpus, expected):
+    monkeypatch.setattr(module, "usable_cpus", lambda workers: cpus)
+    runtime = Session(bundled.parents[1] / "cifar10-int8" / "1", CPU).runtime
+    assert (runtime.lanes, runtime.threads, runtime.helpers) == expected
 
 
 def test_only_an_inference_that_is_alone_spins_and_only_while_it_runs(artefact, monkeypatch, images):
