@@ -84,7 +84,7 @@ def test_lanes_and_threads_share_the_usable_cpus_unless_they_are_set(artefact, m
 @pytest.mark.parametrize(("cpus", "expected"), [(1, (1, 1, 0)), (2, (1, 1, 1)), (4, (1, 3, 1)), (16, (4, 12, 1))])
 def test_int8_leaves_a_cpu_to_the_event_loop_but_where_full_batches_wait(bundled, monkeypatch, cpus, expected):
     monkeypatch.setattr(module, "usable_cpus", lambda workers: cpus)
-    runtime = Session(bundled.parents[1] / "cifar10-int8" / "1", CPU).runtime
+    runtime = Session(bundled.parents[1] / "cifar10-int8" / "1", Settings(provider="cpu")).runtime
     assert (runtime.lanes, runtime.threads, runtime.helpers) == expected
 
 
