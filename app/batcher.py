@@ -141,7 +141,8 @@ class _Ask:
     more_to_come: bool
     waits: bool = True
     alone: bool = False
-    """Nothing waited or ran when it came."""
+    """Nothing waited or ran when it came; or it fills a batch of the only lane by itself, with little to do for its
+    answer, so that nothing else needs the CPUs either (1 to 3 % more binary tensors)."""
 
 
 class _Queue:
@@ -149,7 +150,7 @@ class _Queue:
 
     def __init__(self, lanes: int, max_batch: int, small_batch: int, wait_s: float, busy_wait_s: float) -> None:
         self.images = 0
-        self._busy_lanes = lanes
+        self._lanes = self._busy_lanes = lanes
         self._asks: deque[_Ask] = deque()
         self._max_batch = max_batch
         self._small_batch = small_batch
@@ -163,8 +164,10 @@ class _Queue:
         with self._changed:
             if self._closed:
                 raise InferenceError("the network was closed.")
-            if len(asks) == 1:
-                asks[0].alone = not (self._asks or self._busy_lanes or asks[0].more_to_come)
+            idle = len(asks) == 1 and not (self._asks or self._busy_lanes)
+            for ask in asks:
+                full = self._lanes == 1 and len(ask.images) == self._max_batch > 1
+                ask.alone = (idle or full) and not ask.more_to_come
             self._asks.extend(asks)
             self.images += sum(len(ask.images) for ask in asks)
             self._changed.notify(len(asks))

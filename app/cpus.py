@@ -1,4 +1,5 @@
-"""How many CPUs there are for this process (what a container grants, not what the machine has), and who goes first."""
+"""How many CPUs there are for this process (what a container grants, not what the machine has), which are its own,
+and who goes first."""
 
 import contextlib
 import os
@@ -15,6 +16,24 @@ def usable_cpus(processes: int = 1) -> int:
     """CPUs for each of so many processes, by affinity and by the quota of the control group (v1 or v2); at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cpus, *(ceil(quota) for quota in _quotas())]) // processes)
+
+
+def own_cpus(processes: int = 1) -> list[int]:
+    """Numbers of the CPUs that this process has for itself, as far as it can know, so that threads may stay on them.
+
+    In a virtual machine a CPU that sleeps looks taken to Linux, which then wakes both threads of an inference on one:
+    an inference of 0.7 ms took 1.5 after a pause, and 0.7 again with its second thread on a CPU of its own.
+
+    Args:
+        processes: of ours that share the CPUs.
+
+    Returns:
+        Empty where others share them: such processes, or whoever else has time on CPUs of which a quota is ours.
+    """
+    if processes > 1 or not hasattr(os, "sched_getaffinity"):
+        return []
+    cpus = sorted(os.sched_getaffinity(0))
+    return cpus if len(cpus) == usable_cpus() else []
 
 
 def be_nice(niceness: int) -> None:

@@ -38,7 +38,7 @@ class Network(Protocol):
             thresholds: (N, B - 1): an image stops at the first stage whose reading is as confident as that. Then only
                 logits, branch logits and branch weights are to be had; those of deeper stages are NaN, and `STOPS` says
                 where each image stopped.
-            alone: nothing else waits or runs, so that it may take all CPUs to be done sooner.
+            alone: nothing else needs the CPUs, so that it may take them all to be done sooner.
 
         Raises:
             InferenceError: the network failed.

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -33,6 +34,9 @@ GRACE_S = 8
 """Time for accepted requests after the listener closed; `docker stop` kills after 10 seconds in all."""
 LAST_REQUESTS_S = (0.1, 1.0)
 """What a kept connection, and one that was just taken, may take to send a request once new ones are turned away."""
+SWITCH_S = 0.001
+"""How long the event loop may keep a lane from its next batch; Python's 5 ms are a quarter of one, in which CPUs idled.
+128 clients had 2.5 % more answers a second."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers, of a chunk's extensions and of the trailers; httptools itself has no limit."""
 
@@ -52,6 +56,7 @@ def serve(settings: Settings, listener: socket.socket, announce: Callable[[str],
     gc.collect()
     gc.freeze()  # what is loaded stays: walking all of it in every full collection took 5 % of the time
     gc.set_threshold(50_000, 20, 20)  # requests that wait are no garbage: with 1,000 of them, looking took 20 %
+    sys.setswitchinterval(SWITCH_S)
     Server(app, settings, lambda: announce(greeting)).run(sockets=[listener])
     if cuda.device.lost and settings.cuda_lost == "exit":
         logger.critical("ended, because the GPU was lost (INTERFLOW_CUDA_LOST): to be started anew.")

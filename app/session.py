@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 
 from app import cuda, memory
-from app.cpus import be_nice, usable_cpus
+from app.cpus import be_nice, own_cpus, usable_cpus
 from app.cuda import CUDA, CudaNetwork
 from app.early_exit import EarlyExit, stopped
 from app.errors import InferenceError
@@ -96,7 +96,10 @@ class Session:
         alone = settings.threads or (1 if quick else cpus)
         as_all = settings.spinning and alone == threads
         spins = not on_cuda and alone > 1 and not as_all and path.stat().st_size <= ALONE_BYTES
-        self._alone_session = _create(path, [CPU], settings, alone, ALONE_SPIN_US) if spins else self._session
+        own = own_cpus(settings.workers) if spins and settings.pinning else []
+        alone_on = own[:alone] if len(own) >= alone else []
+        open_alone = partial(_create, providers=[CPU], settings=settings, threads=alone, alone_on=alone_on)
+        self._alone_session = open_alone(path) if spins else self._session
         of_a_cpu = BATCH_OF_A_CPU // (2 if self.card.input.height * self.card.input.width > LARGE_IMAGE else 1)
         max_batch = settings.max_batch or (BATCH_ON_CUDA if on_cuda else of_a_cpu * max(1, cpus // lanes))
         self.runtime = Runtime(
@@ -110,6 +113,7 @@ class Session:
             helpers=0 if on_cuda or settings.lanes or settings.threads else cpus - lanes - threads + 1,
             threads=threads,
             lone_threads=alone if spins else threads,
+            pinned=bool(alone_on),
             niceness=0 if on_cuda else settings.niceness,
             spinning=settings.spinning,
             max_batch=max_batch,
@@ -129,13 +133,9 @@ class Session:
             _warn_of_another_cpu(self.card)
             if self.card.exits:
                 segments = _segments(path, self.card)
-
-                def in_pieces(threads: int, spin_us: str | None = None) -> EarlyExit:
-                    opened = partial(_create, providers=[CPU], settings=settings, threads=threads, spin_us=spin_us)
-                    return EarlyExit(self.card, segments, opened)
-
-                self._early_exit = in_pieces(threads)
-                self._alone_early_exit = in_pieces(alone, ALONE_SPIN_US) if spins else self._early_exit
+                open_beside = partial(_create, providers=[CPU], settings=settings, threads=threads)
+                self._early_exit = EarlyExit(self.card, segments, open_beside)
+                self._alone_early_exit = EarlyExit(self.card, segments, open_alone) if spins else self._early_exit
         self._warm_up(path)
 
     def run(
@@ -304,16 +304,20 @@ def _open(path: Path, settings: Settings, threads: int) -> tuple[onnxruntime.Inf
 
 
 def _create(
-    model: Path | bytes, providers: list, settings: Settings, threads: int, spin_us: str | None = None
+    model: Path | bytes, providers: list, settings: Settings, threads: int, alone_on: Sequence[int] | None = None
 ) -> onnxruntime.InferenceSession:
-    """`spin_us`: how long its threads spin between two operators, where they do not spin by the settings."""
+    """A session of so many threads; `alone_on`: it is for inferences that are alone, on these CPUs, or where empty, on
+    any."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    spins = settings.spinning or spin_us is not None
+    spins = settings.spinning or alone_on is not None
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
-    if spin_us is not None and not settings.spinning:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", spin_us)
+    if alone_on is not None and not settings.spinning:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", ALONE_SPIN_US)
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if alone_on:  # the thread that asks is the first, and goes where it is; onnxruntime counts from 1
+        others = ";".join(str(cpu + 1) for cpu in alone_on[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", others)
     options.log_severity_level = 3  # errors; warnings tell of the graph's optimisation
     on_cpu = providers == [CPU]
     if on_cpu:

@@ -138,6 +138,13 @@ class Settings(BaseSettings):
             ge=0, le=19, description="of the threads that run the network on the CPU: the rest of the server goes first"
         ),
     ] = 5
+    pinning: Annotated[
+        bool,
+        Field(
+            description="threads of an inference that is alone stay on CPUs of their own; not where this process has "
+            "but a part of them"
+        ),
+    ] = True
     spinning: Annotated[
         bool, Field(description="threads of an inference wait for work by burning their CPU; only where it is theirs")
     ] = False

@@ -53,6 +53,7 @@ RUNTIME = Runtime(
     helpers=0,
     threads=1,
     lone_threads=1,
+    pinned=False,
     niceness=0,
     spinning=False,
     max_batch=32,

@@ -503,6 +503,27 @@ def test_alone_is_who_finds_nothing_waiting_running_or_to_come(batcher, lanes):
     assert found == [([1], False), ([2], False), ([3], False), ([4], False), ([5], True), ([255], True)]
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_alone_is_also_who_fills_a_batch_of_the_only_lane(batcher, lanes):
+    network = Echo(gate_open=False)
+    one = batcher(network, lanes=lanes, max_batch=2)
+
+    async def scenario():
+        tasks = await busy(network, one, lanes)
+        tasks += [ask(one, 1, 2, 3), ask(one, 4), ask(one, 5, 6, more_to_come=True)]
+        await settle()
+        network.gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    found = dict(zip(map(tuple, network.batches), network.alone, strict=True))
+    assert {batch: found[batch] for batch in ((1, 2), (3, 4), (5, 6))} == {
+        (1, 2): lanes == 1,
+        (3, 4): False,
+        (5, 6): False,
+    }
+
+
 # Times, what is told of them, and the end
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from app import cpus
-from app.cpus import usable_cpus
+from app.cpus import own_cpus, usable_cpus
 
 
 @pytest.fixture
@@ -65,3 +65,10 @@ def test_version_1(machine, quota, usable):
 def test_several_processes_share_them(machine):
     machine("0::/\n", **{"cgroup/cpu.max": "500000 100000"})
     assert [usable_cpus(processes) for processes in (1, 2, 3, 9)] == [5, 2, 1, 1]
+
+
+def test_cpus_are_our_own_where_nobody_has_time_on_them(machine):
+    assert own_cpus() == list(range(8))
+    assert own_cpus(processes=2) == []
+    machine("0::/\n", **{"cgroup/cpu.max": "700000 100000"})
+    assert own_cpus() == []

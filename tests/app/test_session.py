@@ -108,6 +108,37 @@ def test_only_an_inference_that_is_alone_spins_and_only_while_it_runs(artefact, 
     np.testing.assert_allclose(alone, beside, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads stay on a CPU on Linux alone")
+@pytest.mark.parametrize(
+    ("settings", "own", "pinned"),
+    [
+        ({}, 2, True),
+        ({}, 1, False),  # of two usable ones: who has the other is not known
+        ({"threads": 3}, 2, False),
+        ({"threads": 1}, 2, False),  # it has no second thread
+        ({"pinning": False}, 2, False),
+    ],
+)
+def test_threads_of_an_inference_that_is_alone_stay_on_cpus_of_their_own(artefact, monkeypatch, settings, own, pinned):
+    def on_one_cpu():
+        found = {}
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):  # it has ended since it was listed
+                found[task.name] = os.sched_getaffinity(int(task.name))
+        return {name: cpus for name, cpus in found.items() if len(cpus) == 1}
+
+    here = sorted(os.sched_getaffinity(0))
+    if len(here) < 2:
+        pytest.skip("every thread is on the only CPU")
+    monkeypatch.setattr(module, "usable_cpus", lambda workers: 2)
+    monkeypatch.setattr(module, "own_cpus", lambda workers: here[:own])
+    before = on_one_cpu()
+    session = Session(artefact, Settings(provider="cpu", **settings))
+    stay = [cpus for name, cpus in on_one_cpu().items() if name not in before]
+    assert stay == ([{here[1]}] if pinned else [])
+    assert session.runtime.pinned is pinned
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
 def test_threads_that_compute_are_nice_and_no_others(artefact, monkeypatch, images):
     def niceness(thread):
