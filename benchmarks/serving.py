@@ -7,14 +7,16 @@ In one run, interleaved, several rounds, medians; requests and good answers per 
 
 - ours: `python -m app`, which also says what every stage of the network believed;
 - by hand: FastAPI and onnxruntime (`peers/by_hand.py`), by one process and by two;
-- LitServe and BentoML (`peers/`), with batching; installed by uv into environments of their own.
+- LitServe and BentoML (`peers/`), with batching; installed by uv into environments of their own;
+- the least (`peers/least.py`): our decoder and batches in uvicorn without all the rest, for what more could be had.
 
 Beside them what nobody can exceed: bare onnxruntime in a loop, without HTTP or decoding, and how near our route for
 binary tensors (Open Inference Protocol, batches of 64) comes to it.
 
-Each server is started anew in each round, alone, waited for, asked for the right class of several images, and warmed up
-before each figure. Nothing is pinned to a CPU: servers and wrk share them, as the scheduler decides. What was measured
-is written after each server, so that a run that was cut off goes on with `--resume` and its id.
+Each server is started anew for each kind of load in each round, alone, waited for, asked for the right class of several
+images, and warmed up before each figure: a pool of 40 threads that has answered small images holds its memory in so
+many pieces that the handler by hand answered a third fewer large ones after them. Servers and wrk share the CPUs. What
+was measured is written after each server, so that a run that was cut off goes on with `--resume` and its id.
 """
 
 import sys
@@ -129,6 +131,10 @@ def contenders(model: Path, exports: Path, peers: Path) -> dict[str, Contender]:
         }
         return command, settings, port, "/readyz", log
 
+    def least(port: int, log: Path) -> tuple[list[str], dict[str, str], int, str, Path]:
+        command = [sys.executable, "-m", "benchmarks.peers.least"]
+        return command, {"MODEL": str(model), "PORT": str(port)}, port, "/health", log
+
     return {
         "ours": of_ours(1),
         "by-hand": by_hand(1, cpus),
@@ -136,6 +142,7 @@ def contenders(model: Path, exports: Path, peers: Path) -> dict[str, Contender]:
         "by-hand-2": by_hand(2, max(1, cpus // 2)),
         "litserve": Contender("LitServe", litserve, field="request"),
         "bentoml": Contender("BentoML", bentoml, field="images", label_of=_label_of_first),
+        "least": Contender("the least", least),
         "ours-2": of_ours(2),
     }
 
@@ -278,7 +285,7 @@ class Measurement:
 def measure(
     contender: Contender, images: Sequence[Images], options: argparse.Namespace, folder: Path, tensors: str | None
 ) -> list[dict[str, Any]]:
-    """Start a server, hold its answers against the model's, and load it with everything in turn.
+    """Start a server for each kind of load, hold its answers against the model's, and load it.
 
     Args:
         contender: which.
@@ -291,16 +298,16 @@ def measure(
         InterflowError: it does not start, or does not say what the model says.
     """
     records = []
-    with running(*contender.start(free_port(), folder / "server.log")) as server:
-        for group in images:
+    for group in images:
+        with running(*contender.start(free_port(), folder / "server.log")) as server:
             _check(contender, server, group)
-        for group in images:
             for connections in options.connections:
                 load = _load(contender, server, group, connections, options.warm_up)
                 load = _load(contender, server, group, connections, options.seconds)
                 records.append({"images": group.name, "connections": connections, **asdict(load)})
                 _say(contender.name, f"{group.name}, {connections} connections", load)
-        if tensors is not None:
+    if tensors is not None:
+        with running(*contender.start(free_port(), folder / "server.log")) as server:
             body, json_bytes = tensor_request(images[0].pixels, TENSOR_BATCH)
             headers = ["Content-Type: application/octet-stream", f"Inference-Header-Content-Length: {json_bytes}"]
             url = server.url(f"/v2/models/{tensors}/infer")
@@ -439,7 +446,7 @@ def _rounds(
 
 
 def _arguments() -> argparse.Namespace:
-    names = ["ours", "by-hand", "by-hand-2", "litserve", "bentoml"]
+    names = ["ours", "by-hand", "by-hand-2", "litserve", "bentoml", "least"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interflow" / "peers"
     parser = argparse.ArgumentParser(description="Requests per second and latency of this server and of its peers.")
     parser.add_argument("--model", type=Path, help="an artefact; default: exports/cifar10/1, else random weights")

@@ -134,13 +134,14 @@ def table(run: Run) -> str:
         "# Serving, side by side",
         "",
         f"Run {run['id']}, {run['started']}: `python benchmarks/serving.py`. {given['cpu']}, {given['usable CPUs']} "
-        f"usable CPUs, shared with the load generator, nothing pinned; {given['system']}, Python {given['Python']}; "
+        f"usable CPUs, shared with the load generator; {given['system']}, Python {given['Python']}; "
         f"{versions}; {', '.join(given['peers'])}. Model {given['model']['name']} ({given['model']['backbone']}), "
         f"sha256 {given['model']['sha256'][:12]}. Multipart forms; {images}, in turn. Medians of {given['rounds']} "
         f"rounds of {given['seconds']} s after {given['warm-up seconds']} s of the same load, servers in turn, each "
-        f"started anew. `{given['wrk command']}`; its percentiles are of all answers and count waiting that it was "
-        "kept from. Ours decodes a large JPEG at a smaller scale, the others as a whole; each image has one class by "
-        "both, and every server named it before it was measured.",
+        f"started anew for each kind of load. `{given['wrk command']}`; its percentiles are of all answers and count "
+        "waiting that it was kept from. Ours decodes a large JPEG at a smaller scale, the peers as a whole; each image "
+        "has one class by both, and every server named it before it was measured. The least is our decoder and batches "
+        "in uvicorn without all the rest, answering a label.",
         "",
         "| server | images | connections | req/s | lowest to highest | p50 ms | p99 ms | errors |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
