@@ -47,7 +47,7 @@ from app.cpus import usable_cpus
 from benchmarks import wrk
 from benchmarks.material import ROOT, Images, find_model, make_images, open_session, read_card, tensor_request
 from benchmarks.servers import HOST, Running, ServerError, free_port, ours, running, workspace
-from benchmarks.serving_report import draw, table
+from benchmarks.serving_report import LEAST, draw, table
 from model.contract import IMAGE, LOGITS, MODEL_FILE, InterflowError
 from training.files import replacing, write_text
 
@@ -142,7 +142,7 @@ def contenders(model: Path, exports: Path, peers: Path) -> dict[str, Contender]:
         "by-hand-2": by_hand(2, max(1, cpus // 2)),
         "litserve": Contender("LitServe", litserve, field="request"),
         "bentoml": Contender("BentoML", bentoml, field="images", label_of=_label_of_first),
-        "least": Contender("the least", least),
+        "least": Contender(LEAST, least),
         "ours-2": of_ours(2),
     }
 

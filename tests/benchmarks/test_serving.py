@@ -21,7 +21,7 @@ from benchmarks.client import Client
 from benchmarks.material import Images, find_model, read_card, tensor_request
 from benchmarks.servers import ServerError, free_port, running
 from benchmarks.serving import Measurement
-from benchmarks.serving_report import BARE, LARGE, OURS, ROUTE, SMALL, bare, draw, figure, ratios, table
+from benchmarks.serving_report import BARE, LARGE, LEAST, OURS, ROUTE, SMALL, bare, draw, figure, ratios, table
 from benchmarks.soak import checker, growth
 from model.contract import ExitPolicy, InterflowError
 
@@ -393,8 +393,8 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @needs_wrk
-def test_serving_measures_this_server_and_one_by_hand(model, tmp_path):
-    given = ("--quick", "--only", "ours", "by-hand", "--connections", "1", "4", "--model", str(model))
+def test_serving_measures_this_server_one_by_hand_and_the_least(model, tmp_path):
+    given = ("--quick", "--only", "ours", "by-hand", "least", "--connections", "1", "4", "--model", str(model))
     done = _python("benchmarks/serving.py", *given, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "serving.json").read_text())
@@ -405,6 +405,8 @@ def test_serving_measures_this_server_and_one_by_hand(model, tmp_path):
     by_hand = next(name for name, _ in measured if name.startswith("by hand"))
     assert figure(kept, OURS, SMALL, 4).per_second > 0
     assert figure(kept, by_hand, SMALL, 4).per_second > 0
+    assert figure(kept, LEAST, LARGE, 4).per_second > 0
+    assert figure(kept, LEAST, LARGE, 4).errors == 0
     assert figure(kept, OURS, SMALL, 4).errors == 0
     assert bare(kept) > 0
     assert (tmp_path / "serving.md").read_text() == table(kept)
