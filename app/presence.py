@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 WATCH_AFTER_S = 0.5
-"""Shorter work is not watched, which would cost more than it saves: 1,000 clients, who wait for 0.4 s, were given 82 %
+"""Shorter work is not watched, which would cost more than it saves: 1,000 clients, who wait for up to 0.4 s, had 82 %
 of the most answers that there can be rather than 85."""
 
 Result = TypeVar("Result")
