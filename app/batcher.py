@@ -141,8 +141,8 @@ class _Ask:
     more_to_come: bool
     waits: bool = True
     alone: bool = False
-    """Nothing waited or ran when it came; or it fills a batch of the only lane by itself, with little to do for its
-    answer, so that nothing else needs the CPUs either (1 to 3 % more binary tensors)."""
+    """Nothing waited or ran when it came; or it fills a batch of the only lane by itself, so that the event loop has
+    little to do meanwhile, with few requests for many images (1 to 3 % more binary tensors)."""
 
 
 class _Queue:

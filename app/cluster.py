@@ -160,7 +160,9 @@ def own_settings(settings: Settings) -> Settings:
     if provider == "auto":
         provider = "cuda" if gpus else "cpu"
     decoders = settings.decode_workers or cpus
-    return settings.model_copy(update={"workers": workers, "provider": provider, "decode_workers": decoders})
+    # nothing is pinned beside Ray's own processes, which are busy on the same CPUs
+    own = {"workers": workers, "provider": provider, "decode_workers": decoders, "pinning": False}
+    return settings.model_copy(update=own)
 
 
 def app(arguments: dict[str, str]) -> serve.Application:

@@ -33,7 +33,7 @@ def own_cpus(processes: int = 1) -> list[int]:
     if processes > 1 or not hasattr(os, "sched_getaffinity"):
         return []
     cpus = sorted(os.sched_getaffinity(0))
-    return cpus if len(cpus) == usable_cpus() else []
+    return cpus if all(quota >= len(cpus) for quota in _quotas()) else []
 
 
 def be_nice(niceness: int) -> None:

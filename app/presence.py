@@ -8,14 +8,15 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 WATCH_AFTER_S = 0.5
-"""Shorter work is not watched, which would cost more than it saves: 1,000 clients, who wait for up to 0.4 s, had 82 %
-of the most answers that there can be rather than 85."""
+"""Shorter work is not watched, which would cost more than it saves: 1,000 clients, who wait for up to 0.4 s, had 84 to
+85 % of the most answers that there can be rather than 77 to 87 (three runs each, in turn)."""
 
 Result = TypeVar("Result")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do some work, but cancel it where the client hangs up before it is done, so that it leaves every queue.
+    """Do some work, but cancel it where it takes longer than `WATCH_AFTER_S` and the client has hung up, so that it
+    leaves every queue.
 
     Args:
         request: its body read to the end.

@@ -230,7 +230,7 @@ class Runtime(_Body):
     helpers: Annotated[int, Field(description="more of them, where full batches wait")]
     threads: Annotated[int, Field(description="CPU threads of an inference; the lanes share all but their own")]
     lone_threads: Annotated[int, Field(description="CPU threads of an inference that has all CPUs for itself")]
-    pinned: Annotated[bool, Field(description="these threads stay on CPUs of their own")]
+    pinned: Annotated[bool, Field(description="lone threads stay on CPUs of their own, but for the lane's")]
     niceness: Annotated[int, Field(description="of these threads; 19 lets all others go first")]
     spinning: Annotated[bool, Field(description="idle threads of an inference burn their CPU")]
     max_batch: Annotated[int, Field(description="images that are run at a time, where so many wait")]

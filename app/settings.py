@@ -141,8 +141,8 @@ class Settings(BaseSettings):
     pinning: Annotated[
         bool,
         Field(
-            description="threads of an inference that is alone stay on CPUs of their own; not where this process has "
-            "but a part of them"
+            description="threads of an inference that is alone stay on CPUs of their own, where no quota or worker "
+            "takes a part of them; False beside other busy processes"
         ),
     ] = True
     spinning: Annotated[

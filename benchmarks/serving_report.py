@@ -178,7 +178,8 @@ def _connections(count: int) -> str:
 
 
 def draw(run: Run, path: Path) -> None:
-    """Bars: good answers per second and p99 by connections, one colour a server, small images left and large right."""
+    """Bars: good answers per second and p99 by connections, one colour a server, but for the least; small images left,
+    large right."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 - the tests of the figures need none
 
     names, connections = servers(run), run["conditions"]["connections"]

@@ -23,11 +23,12 @@ from app.session import Session
 from app.settings import Settings
 from model.contract import LOGITS
 
-settings = Settings(provider="cpu")
+settings = Settings()
 session = Session(Path(os.environ["MODEL"]), settings)
 batcher = Batcher(
     session,
     lanes=session.runtime.lanes,
+    helpers=session.runtime.helpers,
     max_batch=session.runtime.max_batch,
     small_batch=session.runtime.small_batch,
     niceness=session.runtime.niceness,

@@ -411,6 +411,7 @@ def test_a_replica_takes_the_cpus_and_the_gpu_that_it_was_given(monkeypatch, giv
     monkeypatch.setattr(cluster, "usable_cpus", lambda processes=1: max(1, usable // processes))
     own = cluster.own_settings(Settings())
     assert {name: getattr(own, name) for name in expected} == expected
+    assert not own.pinning
     if "GPU" not in given:
         assert usable // own.workers <= max(1, given.get("CPU", 0))
     assert cluster.own_settings(Settings(provider="cpu", decode_workers=3)).decode_workers == 3

@@ -67,8 +67,8 @@ def test_several_processes_share_them(machine):
     assert [usable_cpus(processes) for processes in (1, 2, 3, 9)] == [5, 2, 1, 1]
 
 
-def test_cpus_are_our_own_where_nobody_has_time_on_them(machine):
-    assert own_cpus() == list(range(8))
+@pytest.mark.parametrize(("quota", "own"), [("max 100000", 8), ("800000 100000", 8), ("750000 100000", 0)])
+def test_cpus_are_our_own_where_nobody_has_time_on_them(machine, quota, own):
+    machine("0::/\n", **{"cgroup/cpu.max": quota})
+    assert own_cpus() == list(range(own))
     assert own_cpus(processes=2) == []
-    machine("0::/\n", **{"cgroup/cpu.max": "700000 100000"})
-    assert own_cpus() == []

@@ -115,13 +115,14 @@ def test_only_an_inference_that_is_alone_spins_and_only_while_it_runs(artefact, 
         ({}, 2, True),
         ({}, 1, False),  # of two usable ones: who has the other is not known
         ({"threads": 3}, 2, False),
+        ({"threads": 3}, 3, True),
         ({"threads": 1}, 2, False),  # it has no second thread
         ({"pinning": False}, 2, False),
     ],
 )
 def test_threads_of_an_inference_that_is_alone_stay_on_cpus_of_their_own(artefact, monkeypatch, settings, own, pinned):
     def on_one_cpu():
-        found = {}
+        found: dict[str, set[int]] = {}
         for task in Path("/proc/self/task").iterdir():
             with contextlib.suppress(ProcessLookupError):  # it has ended since it was listed
                 found[task.name] = os.sched_getaffinity(int(task.name))
@@ -131,11 +132,18 @@ def test_threads_of_an_inference_that_is_alone_stay_on_cpus_of_their_own(artefac
     if len(here) < 2:
         pytest.skip("every thread is on the only CPU")
     monkeypatch.setattr(module, "usable_cpus", lambda workers: 2)
-    monkeypatch.setattr(module, "own_cpus", lambda workers: here[:own])
+    monkeypatch.setattr(module, "own_cpus", lambda workers: [here[0], here[1], here[0]][:own])
     before = on_one_cpu()
     session = Session(artefact, Settings(provider="cpu", **settings))
-    stay = [cpus for name, cpus in on_one_cpu().items() if name not in before]
-    assert stay == ([{here[1]}] if pinned else [])
+    expected = [[here[1]], [here[0], here[1]]][own - 2] if pinned else []
+
+    def stay():
+        return sorted(cpu for name, cpus in on_one_cpu().items() if name not in before for cpu in cpus)
+
+    deadline = time.monotonic() + 10  # a thread goes to its CPU once it runs
+    while stay() != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stay() == expected
     assert session.runtime.pinned is pinned
 
 
