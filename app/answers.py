@@ -27,6 +27,8 @@ READ_OUTPUTS = (RANKING, CONFIDENCES, WEIGHTS, CONTRIBUTIONS, SHARES, DOUBTS, ST
 
 ALL_CLASSES = 32
 """Up to so many, maps are sent of every class."""
+PREDICTION_BYTES = 64
+"""Of one class in a list as JSON, beside its label."""
 
 
 class Interpreter:
@@ -38,6 +40,7 @@ class Interpreter:
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
+        self._longest_label = max(map(len, card.classes))
         self._map_names = [branch_map_name(branch) for branch in range(len(card.stages))]
         self.map_values = len(card.classes) * sum(math.prod(stage.map_size) for stage in card.stages)
         """Of one image, over all stages."""
@@ -62,6 +65,17 @@ class Interpreter:
         """Names of the outputs that `interpret` takes and, with `maps`, `contribution_maps` and `maps`."""
         names = [*READ_OUTPUTS, *([LAYER_ATTENTION] if layers else [])]
         return [*names, BRANCH_WEIGHTS, *self._map_names] if maps else names
+
+    def answer_bytes(self, top_k: int, maps: bool = False) -> int:
+        """How many bytes the lists of classes and, with `maps`, the maps of one image's answer have as JSON at most,
+        about."""
+        classes, lists = len(self._card.classes), 1 + len(self._card.stages)
+        listed = min(top_k, classes)
+        size = lists * listed * (PREDICTION_BYTES + self._longest_label)
+        if maps:
+            planes = 1 + (classes if classes <= ALL_CLASSES else min(classes, lists * listed))
+            size += planes * self.map_values // classes * 16 // 3  # float32 in base64
+        return size
 
     def read(self, outputs: Outputs) -> Outputs:
         """`READ_OUTPUTS` of a batch, from the network's logits, branch logits and branch weights.

@@ -12,6 +12,8 @@ TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 def deadline_of(request: Request) -> float | None:
     """Moment of `time.perf_counter` until when a request that came just now is worth answering; None: any.
 
+    `request.state.deadline` is the same from then on.
+
     Raises:
         HeaderError: its header is no positive whole number.
     """
@@ -23,4 +25,5 @@ def deadline_of(request: Request) -> float | None:
                 f"the header {TIMEOUT_HEADER} is {given[:50]!r}; expected milliseconds, as a whole number above 0."
             )
         limit_ms = min(limit_ms or int(given), int(given))
-    return time.perf_counter() + limit_ms / 1e3 if limit_ms else None
+    request.state.deadline = time.perf_counter() + limit_ms / 1e3 if limit_ms else None
+    return request.state.deadline

@@ -4,7 +4,7 @@ What a request can meet; each is an `InterflowError`, whose message is meant for
 
 ImageError, ImageTooLargeError    no image, damaged, or of too many pixels (model.images)
 EmptyImageError                   no bytes
-TooManyBytesError                 more bytes than INTERFLOW_MAX_BYTES
+TooManyBytesError                 more bytes than INTERFLOW_MAX_BYTES, or than its answer may have
 MultipartError                    a multipart body that breaks its own syntax
 FieldError                        a form without the one image field, or with others
 MediaTypeError                    a body that is neither a form nor an image
@@ -51,7 +51,7 @@ class EmptyImageError(InterflowError):
 
 
 class TooManyBytesError(InterflowError):
-    """An image of more bytes than allowed; raised while it still streams in."""
+    """An image of more bytes than allowed, raised while it still streams in; or an answer that would have more."""
 
 
 class MultipartError(InterflowError):
@@ -260,7 +260,7 @@ def protocol_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 async def _ours(request: Request, error: InterflowError) -> Response:
     status, code = status_and_code(error)
     if status == 429:
-        await request.app.state.refusals.keep()
+        await request.app.state.refusals.keep(getattr(request.state, "deadline", None))
     if status == 500:
         logger.error("request %s: %s", request.state.request_id, error)
     return problem(request, status, code, str(error), getattr(error, "headers", None))

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 
 PER_S = 250
 """Refusals a second. Beside inference one costs nearly as much as an answer without it."""
@@ -18,11 +19,18 @@ class Pace:
     def __init__(self) -> None:
         self._next = 0.0
 
-    async def keep(self) -> None:
-        """Wait for one's turn: not at all, unless many others came just before."""
+    async def keep(self, deadline: float | None = None) -> None:
+        """Wait for one's turn: not at all, unless many others came just before.
+
+        Args:
+            deadline: moment of `time.perf_counter` from when on no one listens; one goes a tick before.
+        """
         loop = asyncio.get_running_loop()
         now = loop.time()
         turn = max(now, min(self._next, now + LONGEST_S))
         self._next = turn + 1 / PER_S
         if turn > now:
-            await asyncio.sleep(math.ceil(turn / TICK_S) * TICK_S - now)
+            wait = math.ceil(turn / TICK_S) * TICK_S - now
+            if deadline is not None:
+                wait = min(wait, max(0.0, deadline - time.perf_counter() - TICK_S))
+            await asyncio.sleep(wait)

@@ -86,9 +86,13 @@ class Settings(BaseSettings):
     max_bytes: Annotated[int, Field(gt=0, description="bytes allowed in one encoded image")] = 10 * 2**20
     max_tensor_bytes: Annotated[
         int,
-        Field(gt=0, description="bytes allowed in one inference request of /v2, inflated, and in its answer's tensors"),
+        Field(
+            gt=0,
+            description="bytes allowed in one inference request of /v2, inflated, in its answer's tensors, and in an "
+            "answer of /predict",
+        ),
     ] = 64 * 2**20
-    max_json_bytes: Annotated[int, Field(gt=0, description="bytes of them that may be JSON")] = 2**20
+    max_json_bytes: Annotated[int, Field(gt=0, description="bytes of those of /v2 that may be JSON")] = 2**20
     max_batch_bytes: Annotated[
         int, Field(gt=0, description="bytes allowed in the images of one /predict/batch together")
     ] = 64 * 2**20

@@ -129,6 +129,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     deadline = deadline_of(request)
     model = _model(request, query)
     thresholds = _thresholds(request, model, query)
+    _require_answerable(request, model, query, 1)
     decoders: Decoders = request.app.state.decoders
     decoders.require_room()  # before the body is read: under a flood, most of the work is refusing
     model.inference.require_room()
@@ -167,6 +168,7 @@ async def predict_batch(request: Request, query: Annotated[PredictQuery, Query()
     settings: Settings = request.app.state.settings
     sources = await read_images(request, settings.max_batch_bytes, settings.max_queue)
     received = time.perf_counter()
+    _require_answerable(request, model, query, len(sources))
     decoders: Decoders = request.app.state.decoders
     decoders.require_room(len(sources))
     model.inference.require_room(len(sources))
@@ -265,6 +267,21 @@ def _model(request: Request, query: PredictQuery) -> LoadedModel:
             "model whose card (GET /model) lists `layer_attention`."
         )
     return model
+
+
+def _require_answerable(request: Request, model: LoadedModel, query: PredictQuery, images: int) -> None:
+    """Refuse what would fill the memory, before anything is computed.
+
+    Raises:
+        TooManyBytesError: the answer could have more bytes than INTERFLOW_MAX_TENSOR_BYTES.
+    """
+    limit = request.app.state.settings.max_tensor_bytes
+    size = images * model.interpreter.answer_bytes(query.top_k, query.explain == "maps")
+    if size > limit:
+        raise TooManyBytesError(
+            f"the answer could have {size} bytes; the limit is {limit} (INTERFLOW_MAX_TENSOR_BYTES). Send fewer images "
+            "at a time, ask for a smaller `top_k`, or leave `explain=maps` out."
+        )
 
 
 def _thresholds(request: Request, model: LoadedModel, query: PredictQuery) -> tuple[float, ...] | None:

@@ -8,8 +8,8 @@ from app import refusals
 from app.refusals import Pace
 
 
-def waits(moments):
-    """How long each of those who come at the given moments is held back; the clock is ours."""
+def waits(moments, limit_s=None):
+    """How long each of those who come at the given moments, with so long to live, is held back; the clock is ours."""
 
     async def run():
         loop = asyncio.get_running_loop()
@@ -20,11 +20,12 @@ def waits(moments):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "time", lambda: now)
+            patch.setattr(refusals.time, "perf_counter", lambda: 7 + now)  # of another origin
             patch.setattr(refusals.asyncio, "sleep", sleep)
             for moment in moments:
                 now = 100 + moment
                 held.append(0.0)
-                await pace.keep()
+                await pace.keep(None if limit_s is None else 7 + now + limit_s)
         return held
 
     return asyncio.run(run())
@@ -52,3 +53,12 @@ def test_no_one_waits_for_longer():
 
 def test_after_a_crowd_all_is_as_before():
     assert waits([0] * 1000 + [10])[-1] == 0
+
+
+def test_no_one_waits_past_the_own_deadline():
+    crowd = [0] * 400
+    held = waits(crowd, limit_s=0.5)
+    assert held == [min(wait, 0.5 - refusals.TICK_S) for wait in waits(crowd)]
+    assert max(waits(crowd)) > 1
+    assert 0.4 < max(held) < 0.5
+    assert max(waits(crowd, limit_s=0.01)) == max(waits(crowd, limit_s=-1)) == 0

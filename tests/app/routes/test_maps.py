@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +155,10 @@ class ManyClasses:
         return {name: np.repeat(outputs[name][None], len(images), axis=0) for name in names}
 
 
-def test_of_many_classes_only_the_listed_are_sent_and_the_mean_of_all(serve, colour_card, colour_model):
-    network = ManyClasses()
-    card = colour_card()
+@pytest.fixture
+def many(colour_card, colour_model):
+    """A loaded `ManyClasses`."""
+    network, card = ManyClasses(), colour_card()
     stages = [stage.model_copy(update={"map_size": (3, 2)}) for stage in card.stages[:2]]
     card = card.model_copy(
         update={
@@ -166,9 +168,13 @@ def test_of_many_classes_only_the_listed_are_sent_and_the_mean_of_all(serve, col
             "reading_scales": network.weights.tolist(),
         }
     )
+    return LoadedModel(card, colour_model().runtime, Batcher(ReadNetwork(network, Interpreter(card))))
+
+
+def test_of_many_classes_only_the_listed_are_sent_and_the_mean_of_all(serve, many):
+    network = ManyClasses()
     assert network.classes > ALL_CLASSES
-    model = LoadedModel(card, colour_model().runtime, Batcher(ReadNetwork(network, Interpreter(card))))
-    with serve(create_app(Settings(), Repository([model]))) as client:
+    with serve(create_app(Settings(), Repository([many]))) as client:
         answer = client.post("/predict?explain=maps&top_k=3", content=encoded(Image.new("RGB", (5, 5)))).json()
     maps = answer["maps"]
     lists = [answer["top_k"], *(stage["top_k"] for stage in answer["stages"])]
@@ -180,6 +186,45 @@ def test_of_many_classes_only_the_listed_are_sent_and_the_mean_of_all(serve, col
         assert planes.shape == (len(maps["classes"]) + 1, 3, 2)
         evidence = (expected - expected.mean(axis=0))[maps["classes"]]
         np.testing.assert_allclose(planes[:-1] - planes[-1], evidence, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 100])
+@pytest.mark.parametrize("explain", ["none", "maps"])
+def test_an_answer_is_as_large_as_was_reckoned(serve, many, both, photos, top_k, explain):
+    """No larger, and not much smaller."""
+    content = (photos / PHOTOS[0]).read_bytes()
+    query = f"top_k={top_k}&explain={explain}"
+    with serve(create_app(Settings(), Repository([many]))) as client:
+        answers = {many.interpreter: client.post(f"/predict?{query}", content=content).json()}
+    for model in MODELS:
+        answers[Interpreter(card_of(model))] = both.post(f"/predict?model={model}&{query}", content=content).json()
+    for interpreter, answer in answers.items():
+        lists = [answer["top_k"], *(stage["top_k"] for stage in answer["stages"])]
+        size = sum(len(json.dumps(listed, separators=(",", ":"))) for listed in lists)
+        size += sum(len(stage["values"]) for stage in answer.get("maps", {"stages": []})["stages"])
+        reckoned = interpreter.answer_bytes(top_k, explain == "maps")
+        assert 0.4 * reckoned < size <= reckoned
+
+
+@pytest.mark.parametrize("fit", [0.99, 2])
+def test_what_would_be_answered_with_too_much_is_refused(serve, many, fit):
+    limit, content = int(fit * many.interpreter.answer_bytes(100, maps=True)), encoded(Image.new("RGB", (5, 5)))
+    with serve(create_app(Settings(max_tensor_bytes=limit), Repository([many]))) as client:
+
+        def refused(images, query):
+            answer = client.post(f"/predict/batch?{query}", files=[("images", content)] * images)
+            if images == 1:
+                assert client.post(f"/predict?{query}", content=content).status_code == answer.status_code
+            if answer.status_code == 200:
+                return False
+            assert (answer.status_code, answer.json()["code"]) == (413, "too_many_bytes")
+            assert "INTERFLOW_MAX_TENSOR_BYTES" in answer.json()["detail"]
+            return True
+
+        assert [refused(images, "explain=maps&top_k=100") for images in (1, 2, 3)] == [fit < 1, fit < 2, True]
+        assert not refused(1, "explain=maps&top_k=1")
+        assert not refused(1, "top_k=100")
+        assert not refused(10, "top_k=1")
 
 
 @pytest.mark.parametrize("value", ["", "map", "MAPS", "true", "maps,none", "%00"])

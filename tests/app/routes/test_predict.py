@@ -18,6 +18,7 @@ from app.answers import ReadNetwork
 from app.batcher import Batcher
 from app.decoders import Decoders
 from app.main import create_app
+from app.refusals import Pace
 from app.repository import Repository
 from app.schemas import Answer, Problem
 from app.session import Session
@@ -528,6 +529,31 @@ def test_a_full_queue_is_429_with_retry_after(gated):
         assert [task.result().status_code for task in (running, *waiting)] == [200] * 3
     assert network.ran == 3
     assert client.post("/predict", content=solid("red")).status_code == 200
+
+
+def test_a_refusal_comes_before_the_requests_deadline(gated, monkeypatch):
+    """However many came before it: `Pace` is told until when one listens."""
+    told = []
+
+    async def keep(pace, deadline):
+        told.append(deadline)
+
+    monkeypatch.setattr(Pace, "keep", keep)
+    network, batcher, client = gated
+    with ThreadPoolExecutor() as pool:
+        tasks = [pool.submit(client.post, "/predict", content=solid("red"))]
+        assert network.entered.acquire(timeout=30)
+        tasks += [pool.submit(client.post, "/predict", content=solid("red")) for _ in range(2)]
+        wait_until(lambda: batcher.queued == 2)
+        for path, field in (("/predict", "image"), ("/predict/batch", "images"), ("/explain", "image")):
+            before = time.perf_counter()
+            answer = client.post(path, files={field: solid("red")}, headers={"X-Request-Timeout-Ms": "7000"})
+            assert answer.status_code == 429
+            assert before + 7 <= told.pop() <= time.perf_counter() + 7
+        assert client.post("/predict", content=solid("red")).status_code == 429
+        assert told == [None]
+        network.gate.set()
+        assert [task.result().status_code for task in tasks] == [200] * 3
 
 
 def test_a_deadline_that_passes_is_504_and_costs_no_inference(gated):
