@@ -199,7 +199,7 @@ class HeldBack:
 
     go = False
 
-    async def keep(self):
+    async def keep(self, deadline):
         while not self.go:
             await asyncio.sleep(0.01)
 
